@@ -1,0 +1,226 @@
+"""VQ-VAE and its continuous twin: one convolutional autoencoder, two bottlenecks.
+
+    signal (3, 32, 32) -> encoder -> z_e (8, 8, 8) -> bottleneck -> z_q (8, 8, 8) -> decoder -> signal
+                                                   |
+              "vq": each of the 64 vectors becomes the nearest of 512 codes   (Chameleon's tokens)
+              "kl": each vector is a Gaussian, hardly squeezed                (Transfusion's latents)
+
+Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (arXiv 1711.00937);
+Rombach et al. 2021, "Latent Diffusion" (arXiv 2112.10752) for the KL twin.
+As in the paper: nearest code, straight-through gradient, commitment loss 0.25, EMA codebook (App. A.1).
+Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3).
+Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
+The encoder and decoder are the same for both, so the difference in PSNR is what quantizing loses.
+
+    python vqvae.py                          the idea on one batch, untrained, in seconds
+    python train.py vqvae                    train the discrete one: ~32 dB, every code in use
+    python train.py vqvae --bottleneck kl    train the continuous one: ~35 dB
+
+Symbols: B batch, C latent channels, K codes, h x w the latent grid, z_e encoder output, z_q quantized.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    bottleneck: str = "vq"              # "vq" (discrete codes) or "kl" (continuous latents)
+    channels: int = 3                   # of the signal: RGB
+    size: tuple = (32, 32)              # of the signal: height, width in pixels
+    strides: tuple = ((2, 2), (2, 2))   # of the down-sampling convolutions: 32 x 32 -> 8 x 8
+    widths: tuple = (32, 128)           # channels after each of them
+    blocks: int = 2                     # residual blocks at each resolution
+    latent_channels: int = 8            # C; Transfusion uses 8 for both twins
+    codes: int = 512                    # K; VQ-VAE Sec. 4.1 uses 512, Chameleon 8192
+    commitment: float = 0.25            # beta of Eq. 3; the paper found 0.1 to 2 alike
+    codebook_decay: float = 0.99        # gamma of App. A.1
+    dead_below: float = 0.1             # restart a code chosen less often than this per batch
+    kl_weight: float = 1e-4             # per latent element; nearly no bottleneck, as in latent diffusion
+
+    @property
+    def grid(self):
+        """(h, w) of the latents."""
+        down = [math.prod(stride[axis] for stride in self.strides) for axis in (0, 1)]
+        return self.size[0] // down[0], self.size[1] // down[1]
+
+
+# --- the idea --------------------------------------------------------------------------------------
+
+def quantize(z_e, codebook):
+    """Nearest code by Euclidean distance (Eq. 1-2).
+
+    z_e (..., C), codebook (K, C) -> codes (...) int64, z_q (..., C).
+    """
+    # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, and ||z||^2 does not depend on the code
+    distance = codebook.square().sum(-1) - 2 * z_e @ codebook.T                 # (..., K)
+    codes = distance.argmin(-1)
+    return codes, codebook[codes]
+
+
+def straight_through(z_e, z_q):
+    """z_q in the forward pass, the gradient of z_e in the backward pass (Sec. 3.2)."""
+    return z_e + (z_q - z_e).detach()
+
+
+def ema_codebook(z_e, codes, count, total, decay):
+    """One step of the EMA codebook (App. A.1): every code moves to the mean of what chose it.
+
+    z_e (N, C), codes (N,), count (K,), total (K, C) -> the new count and total; e = total / count.
+        N_i <- gamma N_i + (1 - gamma) n_i        m_i <- gamma m_i + (1 - gamma) sum of its z_e
+    """
+    chosen = F.one_hot(codes, count.numel()).to(z_e.dtype)                      # (N, K)
+    return (count * decay + (1 - decay) * chosen.sum(0),
+            total * decay + (1 - decay) * chosen.T @ z_e)
+
+
+def kl_to_unit_gaussian(mean, log_variance):
+    """KL(N(mean, variance) || N(0, 1)) of each element, in nats."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+# --- layers ----------------------------------------------------------------------------------------
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(silu(conv3x3(silu(x)))), as in VQ-VAE Sec. 4.1; it starts as the identity."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.project = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, x):
+        return x + self.project(F.silu(self.conv(F.silu(x))))
+
+
+class CodebookBottleneck(nn.Module):
+    """z_e -> z_q among K codes. The codebook is learned by moving averages, kept in fp32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        # count 0 marks every code as dead, so the first batch places them all: data-dependent init
+        self.register_buffer("count", torch.zeros(config.codes))
+        self.register_buffer("total", torch.zeros(config.codes, config.latent_channels))
+        self.register_buffer("codebook", torch.zeros(config.codes, config.latent_channels))
+
+    def forward(self, z_e):                                                     # (B, C, h, w)
+        z_e = z_e.float().permute(0, 2, 3, 1)                                   # (B, h, w, C)
+        if self.training:
+            self.revive(z_e.detach().flatten(0, 2))
+        codes, z_q = quantize(z_e, self.codebook)
+        commitment = F.mse_loss(z_e, z_q)       # the codebook is a buffer: only the encoder moves
+        if self.training:
+            self.update(z_e.detach().flatten(0, 2), codes.flatten())
+        z_q = straight_through(z_e, z_q).permute(0, 3, 1, 2)                    # (B, C, h, w)
+        return z_q, self.config.commitment * commitment, {"commitment": commitment}
+
+    @torch.no_grad()
+    def revive(self, z_e):
+        """Codes that (almost) nothing chooses any more restart at random encoder outputs."""
+        dead = self.count < self.config.dead_below
+        picks = z_e[torch.randint(len(z_e), (self.config.codes,), device=z_e.device)]   # (K, C)
+        self.codebook.copy_(torch.where(dead[:, None], picks, self.codebook))
+        self.total.copy_(torch.where(dead[:, None], picks, self.total))
+        self.count.masked_fill_(dead, 1.0)
+
+    @torch.no_grad()
+    def update(self, z_e, codes):
+        count, total = ema_codebook(z_e, codes, self.count, self.total, self.config.codebook_decay)
+        self.count.copy_(count)
+        self.total.copy_(total)
+        self.codebook.copy_(total / count[:, None])
+
+
+class GaussianBottleneck(nn.Module):
+    """(mean, log-variance) -> a sample in training, the mean afterwards."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, moments):                                                 # (B, 2C, h, w)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        kl = kl_to_unit_gaussian(mean, log_variance).mean()
+        z = mean
+        if self.training:
+            z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        return z, self.config.kl_weight * kl, {"kl": kl}
+
+
+# --- model -----------------------------------------------------------------------------------------
+
+class VQVAE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.bottleneck not in ("vq", "kl"):
+            raise ValueError(f'bottleneck is "vq" or "kl", not "{config.bottleneck}"')
+        self.config, widths, C = config, config.widths, config.latent_channels
+        discrete = config.bottleneck == "vq"
+        encoder, decoder, before = [], [], config.channels
+        for stride, width in zip(config.strides, widths):
+            kernel, padding = [2 * s for s in stride], [s // 2 for s in stride]
+            blocks = [ResidualBlock(width) for _ in range(config.blocks)]
+            encoder += [nn.Conv2d(before, width, kernel, stride, padding), *blocks]
+            blocks = [ResidualBlock(width) for _ in range(config.blocks)]
+            decoder = [*blocks, nn.SiLU(),
+                       nn.ConvTranspose2d(width, before, kernel, stride, padding), *decoder]
+            before = width
+        self.encoder = nn.Sequential(*encoder, nn.SiLU(),
+                                     nn.Conv2d(before, C if discrete else 2 * C, 1))
+        self.bottleneck = (CodebookBottleneck if discrete else GaussianBottleneck)(config)
+        self.decoder = nn.Sequential(nn.Conv2d(C, before, 3, padding=1), *decoder)
+        # latents are modelled at zero mean and unit variance: see `fit_scale`
+        self.register_buffer("latent_mean", torch.zeros(1, C, 1, 1))
+        self.register_buffer("latent_std", torch.ones(1, C, 1, 1))
+        self.to(memory_format=torch.channels_last)      # convolutions are faster so, on CPU and GPU
+
+    def loss(self, signals):
+        """signals (B, channels, H, W) in [-1, 1] -> (scalar, {name: scalar})."""
+        z_q, penalty, parts = self.bottleneck(self.encoder(signals))
+        reconstruction = F.mse_loss(self.decoder(z_q).float(), signals)
+        return reconstruction + penalty, {"reconstruction": reconstruction, **parts}
+
+    def forward(self, signals):
+        """signals -> their reconstructions, as the models downstream get them."""
+        return self.decode(self.encode(signals))
+
+    def encode(self, signals):
+        """signals (B, channels, H, W) -> codes (B, h, w) int64, or latents (B, C, h, w) fp32, by bottleneck."""
+        z_e = self.encoder(signals).float()
+        if self.config.bottleneck == "vq":
+            return quantize(z_e.permute(0, 2, 3, 1), self.bottleneck.codebook)[0]
+        return (z_e.chunk(2, dim=1)[0] - self.latent_mean) / self.latent_std
+
+    def decode(self, encoded):
+        """The inverse of `encode`: codes or latents -> signals (B, channels, H, W) in [-1, 1]."""
+        if self.config.bottleneck == "vq":
+            z_q = self.bottleneck.codebook[encoded].permute(0, 3, 1, 2)         # (B, C, h, w)
+        else:
+            z_q = encoded * self.latent_std + self.latent_mean
+        return self.decoder(z_q).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def fit_scale(self, signals):
+        """Measure the latents' mean and deviation, so that `encode` returns unit variance per channel.
+
+        Without it the noise of diffusion is too strong or too weak for the data (LDM Sec. 4.3.2).
+        """
+        if self.config.bottleneck == "kl":
+            latents = self.encode(signals) * self.latent_std + self.latent_mean
+            self.latent_mean.copy_(latents.mean((0, 2, 3), keepdim=True))
+            self.latent_std.copy_(latents.std((0, 2, 3), keepdim=True))
+
+
+def code_usage(codes, K):
+    """Codes (...) seen over an epoch -> (perplexity, share of the K codes that occur at all)."""
+    share = torch.bincount(codes.flatten(), minlength=K).float() / codes.numel()
+    perplexity = torch.special.entr(share).sum().exp()
+    return perplexity.item(), (share > 0).float().mean().item()

@@ -1,0 +1,306 @@
+"""Shapes: pictures of one or two coloured shapes, their captions, and an exact reader of both.
+
+    sample(rng) -> scene      draw a scene at random (never a held-out pair, unless asked)
+    render(scene, rng)        scene -> picture, float32 (3, size, size) in [-1, 1]
+    describe(scene, rng)      scene -> caption, in one of several phrasings
+    parse(caption)            caption -> scene, the exact inverse; None if it is not a caption
+    grade(picture)            picture -> scene by analysis-by-synthesis; None if it is unreadable
+    change(scene, rng)        scene -> (a sentence, the scene after it): the plot of a two-picture story
+
+A scene is a background and one or two things; a thing has a shape (4), a colour (6), a size (2) and a
+place (3 x 3). Four (shape, colour) pairs are held out of training, so that a model can be asked for
+something it has never seen. Pictures have sub-pixel jitter and anti-aliased edges, so that no two are
+alike and a memorised picture is not enough.
+
+Nothing here learns: a score given by `grade` is exact, and a blurred picture does not get one.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (225, 30, 35), "green": (25, 160, 50), "blue": (35, 70, 235),
+           "yellow": (250, 215, 20), "purple": (170, 40, 200), "cyan": (30, 205, 225)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (185, 185, 185), "black": (0, 0, 0)}
+SIZES = {"small": 4.0, "large": 5.8}        # radius, in pixels of a 32 x 32 picture
+PLACES = ("top left", "top centre", "top right", "middle left", "centre", "middle right",
+          "bottom left", "bottom centre", "bottom right")
+HELD_OUT = {("circle", "yellow"), ("square", "purple"), ("triangle", "green"), ("cross", "blue")}
+JITTER = 0.75                               # a thing's centre moves by up to this many pixels
+
+
+class Thing(NamedTuple):
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+
+class Scene(NamedTuple):
+    background: str
+    things: tuple                           # in the order of PLACES, the order they are painted in
+
+
+def make_scene(background, things):
+    """A scene in its one canonical order, so that equal scenes compare equal."""
+    return Scene(background, tuple(sorted(things, key=lambda thing: PLACES.index(thing.place))))
+
+
+def is_held_out(scene):
+    return any((thing.shape, thing.colour) in HELD_OUT for thing in scene.things)
+
+
+def sample(rng, things=None, held_out=False):
+    """A random scene of one or two things (`things` fixes how many).
+
+    held_out=False: no held-out (shape, colour) pair, as in training; True: at least one.
+    """
+    count = things or int(rng.integers(1, 3))
+    places = rng.permutation(len(PLACES))[:count]
+    while True:
+        scene = make_scene(_pick(rng, tuple(BACKGROUNDS)), [
+            Thing(_pick(rng, tuple(SIZES)), _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES),
+                  PLACES[place]) for place in places])
+        if is_held_out(scene) == held_out:
+            return scene
+
+
+def _pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+def coverage(shape, radius, x, y):
+    """Share of each pixel that the shape covers, 0..1; x, y are pixel offsets from its centre.
+
+    0.5 - (signed distance to the edge), clipped, is the covered share of a pixel on a straight edge.
+    """
+    if shape == "circle":
+        distance = np.hypot(x, y) - radius
+    elif shape == "square":
+        distance = np.maximum(abs(x), abs(y)) - 0.86 * radius
+    elif shape == "triangle":               # equilateral, pointing up, inradius 0.6
+        y = y - 0.3 * radius                # centred by its height, not by its centre of mass
+        slanted = abs(x) * np.sqrt(0.75) - y * 0.5
+        distance = np.maximum(slanted, y) - 0.6 * radius
+    else:                                   # cross: the union of two bars
+        arm = 0.36 * radius
+        distance = np.minimum(np.maximum(abs(x) - radius, abs(y) - arm),
+                              np.maximum(abs(x) - arm, abs(y) - radius))
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def _mask(thing, dx, dy, size):
+    """(size, size) coverage of a thing whose centre is moved by (dx, dy) pixels."""
+    unit = size / 32
+    row, column = divmod(PLACES.index(thing.place), 3)
+    pixels = np.arange(size) + 0.5
+    x = pixels[None, :] - (6 + 10 * column) * unit - dx * unit
+    y = pixels[:, None] - (6 + 10 * row) * unit - dy * unit
+    return coverage(thing.shape, SIZES[thing.size] * unit, x, y).astype(np.float32)
+
+
+def _rgb(table, name):
+    """A colour as a (3, 1, 1) array in [-1, 1]."""
+    return (np.float32(table[name]) / 127.5 - 1).reshape(3, 1, 1)
+
+
+def render(scene, rng=None, size=32):
+    """Scene -> (3, size, size) float32 in [-1, 1]; `rng` moves each thing a little, None centres it."""
+    picture = np.broadcast_to(_rgb(BACKGROUNDS, scene.background), (3, size, size))
+    for thing in scene.things:
+        dx, dy = rng.uniform(-JITTER, JITTER, 2) if rng is not None else (0.0, 0.0)
+        mask = _mask(thing, dx, dy, size)
+        picture = picture * (1 - mask) + _rgb(COLOURS, thing.colour) * mask
+    return picture.astype(np.float32)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+# (how a scene is said, how a thing is said, what joins two things). `parse` is made from this table.
+PHRASINGS = (
+    ("{things} on a {background} background.", "a {size} {colour} {shape} in the {place}", " and "),
+    ("on a {background} background, {things}.", "a {size} {colour} {shape} in the {place}", " and "),
+    ("{background} background. {things}.", "{place}: {size} {colour} {shape}", ", "),
+    ("there is {things}. the background is {background}.",
+     "a {colour} {shape}, {size}, in the {place}", " and "),
+)
+
+
+def describe(scene, rng=None):
+    """Scene -> caption; `rng` picks the phrasing and which thing is named first."""
+    phrasing = PHRASINGS[0] if rng is None else _pick(rng, PHRASINGS)
+    things = list(scene.things)
+    if rng is not None:
+        rng.shuffle(things)
+        things = [Thing(*thing) for thing in things]
+    whole, each, joiner = phrasing
+    said = joiner.join(each.format(**thing._asdict()) for thing in things)
+    return whole.format(things=said, background=scene.background)
+
+
+def _group(names):
+    return "(" + "|".join(re.escape(name) for name in names) + ")"
+
+
+_WORDS = {"size": _group(SIZES), "colour": _group(COLOURS), "shape": _group(SHAPES),
+          "place": _group(PLACES), "background": _group(BACKGROUNDS)}
+
+
+def _pattern(template, **parts):
+    """A template as a regular expression: its fields become groups, the rest is literal."""
+    return re.sub(r"\\\{(\w+)\\\}", lambda field: {**_WORDS, **parts}[field[1]], re.escape(template))
+
+
+def parse(caption):
+    """Caption -> scene: the inverse of `describe` for every phrasing; None for anything else."""
+    for whole, each, joiner in PHRASINGS:
+        fields = re.findall(r"\{(\w+)\}", each)
+        thing = _pattern(each)
+        ungrouped = thing.replace("(", "(?:")
+        things = f"(?P<things>{ungrouped}(?:{re.escape(joiner)}{ungrouped})?)"
+        background = _WORDS["background"].replace("(", "(?P<background>")
+        match = re.fullmatch(_pattern(whole, things=things, background=background), caption)
+        if match:
+            found = [Thing(**dict(zip(fields, values)))
+                     for values in re.findall(thing, match["things"])]
+            if len({thing.place for thing in found}) == len(found):
+                return make_scene(match["background"], found)
+    return None
+
+
+CHANGES = {"colour": "the {shape} in the {place} turns {value}.",
+           "size": "the {shape} in the {place} becomes {value}.",
+           "shape": "the {shape} in the {place} becomes a {value}.",
+           "place": "the {shape} in the {place} moves to the {value}."}
+
+
+def change(scene, rng):
+    """Scene -> (sentence, the scene after it): one thing gets a new colour, size, shape or place."""
+    options = {"colour": tuple(COLOURS), "size": tuple(SIZES), "shape": SHAPES, "place": PLACES}
+    while True:
+        thing = scene.things[int(rng.integers(len(scene.things)))]
+        field = _pick(rng, tuple(CHANGES))
+        value = _pick(rng, options[field])
+        sentence = CHANGES[field].format(shape=thing.shape, place=thing.place, value=value)
+        after = apply_change(scene, sentence)
+        if after is not None and after != scene and not is_held_out(after):
+            return sentence, after
+
+
+def apply_change(scene, sentence):
+    """The scene after a sentence made by `change`; None if the sentence does not fit the scene."""
+    for field, template in CHANGES.items():
+        match = re.fullmatch(_pattern(template, value=_WORDS[field]), sentence)
+        if match is None:
+            continue
+        shape, place, value = match.groups()
+        for thing in scene.things:
+            if (thing.shape, thing.place) == (shape, place):
+                others = [other for other in scene.things if other is not thing]
+                if field == "place" and value in {other.place for other in others}:
+                    return None             # that place is taken
+                return make_scene(scene.background, others + [thing._replace(**{field: value})])
+    return None
+
+
+# --- the grader ----------------------------------------------------------------------------------
+
+MAX_RESIDUAL = 0.20     # of a thing's own energy, and of the whole picture's: more is unreadable
+MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it would have if clean
+
+
+@functools.lru_cache(maxsize=4)
+def _templates(size):
+    """Every thing that can stand at each place, with jitter on a 5 x 5 grid, and its coverage.
+
+    Returns kinds, a list of (size name, shape), and masks, (9 places, kinds x 25, size * size).
+    """
+    kinds = [(name, shape) for name in SIZES for shape in SHAPES]
+    grid = np.linspace(-JITTER, JITTER, 5)
+    masks = [[_mask(Thing(name, "red", shape, place), dx, dy, size).ravel()
+              for name, shape in kinds for dx in grid for dy in grid] for place in PLACES]
+    return kinds, np.float32(masks)
+
+
+def _best_thing(picture, below, above, place, size):
+    """The thing at `place` that best explains the picture (3, P), given what lies below and above it.
+
+    With mask a, colour c and visibility w of the pixel, the model is below + w a (c - below) + above
+    parts; its squared error is a quadratic in a, so two matrix products try every mask at once.
+    Returns (thing, its mask, how much it lowers the squared error, its energy).
+    """
+    kinds, masks = _templates(size)
+    a = masks[PLACES.index(place)]                                          # (masks, P)
+    hidden, painted = above
+    error = picture - (below * (1 - hidden) + painted)                      # (3, P)
+    best = None
+    for colour in COLOURS:
+        v = (_rgb(COLOURS, colour).reshape(3, 1) - below) * (1 - hidden)    # (3, P)
+        energy = (a * a) @ (v * v).sum(0)                                   # (masks,)
+        gain = 2 * (a @ (error * v).sum(0)) - energy
+        i = int(gain.argmax())
+        if best is None or gain[i] > best[2]:
+            name, shape = kinds[i // 25]
+            best = Thing(name, colour, shape, place), a[i], float(gain[i]), float(energy[i])
+    return best
+
+
+def _explain(picture, background, size):
+    """The best one or two things on this background: (scene, squared error, squared error by thing)."""
+    flat = np.repeat(_rgb(BACKGROUNDS, background).reshape(3, 1), size * size, axis=1)
+    nothing = np.zeros((1, size * size), np.float32), np.zeros_like(flat)
+    alone = [_best_thing(picture, flat, nothing, place, size) for place in PLACES]
+    present = [fit for fit in alone if fit[2] > MIN_PRESENCE * fit[3]]
+    fits = sorted(sorted(present, key=lambda fit: -fit[2])[:2],
+                  key=lambda fit: PLACES.index(fit[0].place))
+    if len(fits) == 2:                      # neighbours may overlap: fit each again, given the other
+        for _ in range(2):
+            lower, upper = fits
+            hidden = upper[1][None]
+            fits[0] = _best_thing(picture, flat, (hidden, hidden * _paint(upper)), lower[0].place, size)
+            under = flat * (1 - fits[0][1]) + _paint(fits[0]) * fits[0][1]
+            fits[1] = _best_thing(picture, under, nothing, upper[0].place, size)
+    canvas = flat
+    for fit in fits:
+        canvas = canvas * (1 - fit[1]) + _paint(fit) * fit[1]
+    return fits, ((picture - canvas) ** 2).sum(0)
+
+
+def _paint(fit):
+    return _rgb(COLOURS, fit[0].colour).reshape(3, 1)
+
+
+def grade(picture):
+    """Picture (3, S, S) in [-1, 1] -> the scene it shows, or None where it is unreadable.
+
+    Deterministic analysis by synthesis: the scene whose rendering is nearest in squared error, if what
+    it leaves unexplained, around each thing and over the picture, is a small part of the things' energy.
+    """
+    picture = np.asarray(picture, np.float32)
+    size = picture.shape[-1]
+    if picture.shape != (3, size, size) or not np.isfinite(picture).all():
+        return None
+    flat = picture.reshape(3, -1)
+    explained = {name: _explain(flat, name, size) for name in _likely_backgrounds(flat)}
+    name, (fits, error) = min(explained.items(), key=lambda item: item[1][1].sum())
+    if not fits or error.sum() > MAX_RESIDUAL * sum(fit[3] for fit in fits):
+        return None
+    for thing, mask, _, energy in fits:
+        nearby = _templates(size)[1][PLACES.index(thing.place)].max(0) > 0   # all that it could cover
+        if error[nearby].sum() > MAX_RESIDUAL * energy:
+            return None
+    return make_scene(name, [fit[0] for fit in fits])
+
+
+def _likely_backgrounds(flat):
+    """The backgrounds by their distance to the picture's median colour: the nearest is tried alone
+    where it is near, since the things of a readable picture cover less than half of it."""
+    median = np.median(flat, axis=1)
+    distance = {name: abs(_rgb(BACKGROUNDS, name).ravel() - median).max() for name in BACKGROUNDS}
+    nearest = min(distance, key=distance.get)
+    return [nearest] if distance[nearest] < 0.25 else list(BACKGROUNDS)
