@@ -56,8 +56,9 @@ def quantize(z_e, codebook):
 
     z_e (..., C), codebook (K, C) -> codes (...) int64, z_q (..., C).
     """
-    # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, and ||z||^2 does not depend on the code
-    distance = codebook.square().sum(-1) - 2 * z_e @ codebook.T                 # (..., K)
+    with torch.autocast(z_e.device.type, enabled=False):    # in bf16, near codes would be confused
+        # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, and ||z||^2 does not depend on the code
+        distance = codebook.square().sum(-1) - 2 * z_e @ codebook.T             # (..., K)
     codes = distance.argmin(-1)
     return codes, codebook[codes]
 
@@ -73,9 +74,10 @@ def ema_codebook(z_e, codes, count, total, decay):
     z_e (N, C), codes (N,), count (K,), total (K, C) -> the new count and total; e = total / count.
         N_i <- gamma N_i + (1 - gamma) n_i        m_i <- gamma m_i + (1 - gamma) sum of its z_e
     """
-    chosen = F.one_hot(codes, count.numel()).to(z_e.dtype)                      # (N, K)
-    return (count * decay + (1 - decay) * chosen.sum(0),
-            total * decay + (1 - decay) * chosen.T @ z_e)
+    with torch.autocast(z_e.device.type, enabled=False):    # averages over many batches need fp32
+        chosen = F.one_hot(codes, count.numel()).to(z_e.dtype)                  # (N, K)
+        return (count * decay + (1 - decay) * chosen.sum(0),
+                total * decay + (1 - decay) * chosen.T @ z_e)
 
 
 def kl_to_unit_gaussian(mean, log_variance):

@@ -123,11 +123,10 @@ def render(scene, rng=None, size=32):
 
 # (how a scene is said, how a thing is said, what joins two things). `parse` is made from this table.
 PHRASINGS = (
-    ("{things} on a {background} background.", "a {size} {colour} {shape} in the {place}", " and "),
-    ("on a {background} background, {things}.", "a {size} {colour} {shape} in the {place}", " and "),
+    ("{things} on {background}.", "a {size} {colour} {shape} in the {place}", " and "),
+    ("on {background}: {things}.", "{size} {colour} {shape}, {place}", "; "),
     ("{background} background. {things}.", "{place}: {size} {colour} {shape}", ", "),
-    ("there is {things}. the background is {background}.",
-     "a {colour} {shape}, {size}, in the {place}", " and "),
+    ("{things}, all on {background}.", "{colour} {shape}, {size}, {place}", "; "),
 )
 
 
@@ -180,7 +179,10 @@ CHANGES = {"colour": "the {shape} in the {place} turns {value}.",
 
 
 def change(scene, rng):
-    """Scene -> (sentence, the scene after it): one thing gets a new colour, size, shape or place."""
+    """Scene -> (sentence, the scene after it): one thing gets a new colour, size, shape or place.
+
+    The scene after it has no held-out pair, unless the scene had.
+    """
     options = {"colour": tuple(COLOURS), "size": tuple(SIZES), "shape": SHAPES, "place": PLACES}
     while True:
         thing = scene.things[int(rng.integers(len(scene.things)))]
@@ -188,7 +190,7 @@ def change(scene, rng):
         value = _pick(rng, options[field])
         sentence = CHANGES[field].format(shape=thing.shape, place=thing.place, value=value)
         after = apply_change(scene, sentence)
-        if after is not None and after != scene and not is_held_out(after):
+        if after is not None and after != scene and (is_held_out(scene) or not is_held_out(after)):
             return sentence, after
 
 
@@ -210,7 +212,8 @@ def apply_change(scene, sentence):
 
 # --- the grader ----------------------------------------------------------------------------------
 
-MAX_RESIDUAL = 0.20     # of a thing's own energy, and of the whole picture's: more is unreadable
+MAX_RESIDUAL = 0.08     # unexplained near a thing, as a share of its energy: more is unreadable
+MAX_STRAY = 0.20        # unexplained elsewhere, as a share of the energy of the faintest thing there is
 MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it would have if clean
 
 
@@ -218,13 +221,15 @@ MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it 
 def _templates(size):
     """Every thing that can stand at each place, with jitter on a 5 x 5 grid, and its coverage.
 
-    Returns kinds, a list of (size name, shape), and masks, (9 places, kinds x 25, size * size).
+    Returns kinds, a list of (size name, shape); masks (9 places, kinds x 25, size * size); near (9, size *
+    size), the pixels that some thing at the place can cover; and the least squared coverage of any thing.
     """
     kinds = [(name, shape) for name in SIZES for shape in SHAPES]
     grid = np.linspace(-JITTER, JITTER, 5)
     masks = [[_mask(Thing(name, "red", shape, place), dx, dy, size).ravel()
               for name, shape in kinds for dx in grid for dy in grid] for place in PLACES]
-    return kinds, np.float32(masks)
+    masks = np.float32(masks)
+    return kinds, masks, masks.max(1) > 0, float((masks ** 2).sum(-1).min())
 
 
 def _best_thing(picture, below, above, place, size):
@@ -234,7 +239,7 @@ def _best_thing(picture, below, above, place, size):
     parts; its squared error is a quadratic in a, so two matrix products try every mask at once.
     Returns (thing, its mask, how much it lowers the squared error, its energy).
     """
-    kinds, masks = _templates(size)
+    kinds, masks, _, _ = _templates(size)
     a = masks[PLACES.index(place)]                                          # (masks, P)
     hidden, painted = above
     error = picture - (below * (1 - hidden) + painted)                      # (3, P)
@@ -279,20 +284,27 @@ def grade(picture):
     """Picture (3, S, S) in [-1, 1] -> the scene it shows, or None where it is unreadable.
 
     Deterministic analysis by synthesis: the scene whose rendering is nearest in squared error, if what
-    it leaves unexplained, around each thing and over the picture, is a small part of the things' energy.
+    it leaves unexplained, near each thing and at each other place, is small against a thing's energy.
     """
     picture = np.asarray(picture, np.float32)
-    size = picture.shape[-1]
+    size = picture.shape[-1] if picture.ndim else 0
     if picture.shape != (3, size, size) or not np.isfinite(picture).all():
         return None
     flat = picture.reshape(3, -1)
     explained = {name: _explain(flat, name, size) for name in _likely_backgrounds(flat)}
     name, (fits, error) = min(explained.items(), key=lambda item: item[1][1].sum())
-    if not fits or error.sum() > MAX_RESIDUAL * sum(fit[3] for fit in fits):
+    if not fits:
         return None
-    for thing, mask, _, energy in fits:
-        nearby = _templates(size)[1][PLACES.index(thing.place)].max(0) > 0   # all that it could cover
-        if error[nearby].sum() > MAX_RESIDUAL * energy:
+    _, _, near, least_area = _templates(size)
+    elsewhere = np.ones(size * size, bool)
+    for thing, _, _, energy in fits:
+        place = near[PLACES.index(thing.place)]
+        elsewhere &= ~place
+        if error[place].sum() > MAX_RESIDUAL * energy:
+            return None
+    contrast = min(((_rgb(COLOURS, colour) - _rgb(BACKGROUNDS, name)) ** 2).sum() for colour in COLOURS)
+    for place in near:                      # a third thing, or half of one, must not go unnoticed
+        if error[place & elsewhere].sum() > MAX_STRAY * contrast * least_area:
             return None
     return make_scene(name, [fit[0] for fit in fits])
 

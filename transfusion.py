@@ -1,0 +1,385 @@
+"""Transfusion: predict the next token and diffuse images, in one transformer.
+
+Text positions are ids and learn by next-token prediction; image positions are patches of continuous latents
+and learn to be denoised. Attention is causal, except inside one image, whose patches all see each other.
+
+Paper: Zhou et al. 2024, "Transfusion" (arXiv 2408.11039). MoT's paper (arXiv 2411.04996) builds on it.
+As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 2 x 2 latents, the
+timestep embedding added to each patch, loss = LM + 5 x diffusion, guidance, and a limit on the noise of
+an image that stands before its caption (Table 8).
+Instead: flow matching (Liu et al., arXiv 2209.03003) with logit-normal times (SD3, arXiv 2403.03206) for DDPM.
+Left out: U-Net patch encoders, and the GAN and LPIPS losses of its VAE.
+
+    python transfusion.py           one real batch, taken apart: seconds, no training
+    python train.py transfusion     train it: minutes on a laptop
+
+Symbols: B rows, T positions, D width, H heads, h head width, M modalities, S new positions beside a cache,
+C latent channels, P values of one patch (2 * 2 * C). Time: t = 0 is data, t = 1 is noise. Masks: True = may attend.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class TransfusionConfig:
+    width: int = 128                # D; the paper's smallest is 768
+    depth: int = 4                  # blocks; the paper's smallest has 16
+    heads: int = 2                  # H; heads of 64, as in the paper
+    hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
+    rope_theta: float = 10_000.0    # base of the rotary frequencies
+    patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
+    diffusion_weight: float = 5.0   # lambda of Eq. 4
+    shown_limit: float = 0.5        # most noise on an image that precedes its words (Table 8)
+
+
+# --- the idea --------------------------------------------------------------------------------------
+
+def attention_mask(span, document):
+    """Causal, plus full attention inside each span, never across documents (Sec. 3, Fig. 4).
+
+    span, document (B, T) -> (B, 1, T, T), True where position i (row) may attend to position j (column).
+    """
+    T = span.shape[1]
+    i, j = torch.arange(T, device=span.device)[:, None], torch.arange(T, device=span.device)
+    same_span = (span[:, :, None] == span[:, None, :]) & (span > 0)[:, :, None]     # (B, T, T)
+    same_document = document[:, :, None] == document[:, None, :]                    # (B, T, T)
+    return (((j <= i) | same_span) & same_document)[:, None]                        # (B, 1, T, T)
+
+
+def add_noise(x_0, noise, t):
+    """The straight path from data to noise: x_t = (1 - t) x_0 + t eps. Its velocity is eps - x_0."""
+    return (1 - t) * x_0 + t * noise, noise - x_0
+
+
+def sample_times(count, device):
+    """Logit-normal times in (0, 1): t = sigmoid(u), u ~ N(0, 1); mostly middling noise (SD3, Sec. 3.1)."""
+    return torch.randn(count, device=device).sigmoid()
+
+
+def guide(conditional, unconditional, guidance):
+    """Classifier-free guidance: u + s (c - u), so that 1 is no guidance (arXiv 2207.12598, Eq. 6)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def average(values, weights):
+    """The weighted mean; nan without any weight."""
+    return (values * weights).sum() / weights.sum()
+
+
+def patchify(latents, patch):
+    """(N, C, h, w) -> (N, positions, P): raster order of patches, each flattened."""
+    N, C, h, w = latents.shape
+    x = latents.reshape(N, C, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * patch * patch)
+
+
+def unpatchify(patches, shape, patch):
+    """(N, positions, P) -> (N, C, h, w), the inverse of `patchify`; shape is (C, h, w)."""
+    C, h, w = shape
+    x = patches.reshape(-1, h // patch, w // patch, C, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, C, h, w)
+
+
+# --- layers ----------------------------------------------------------------------------------------
+
+def rotary(positions, head_width, theta):
+    """Rotary position embedding (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
+    exponent = torch.arange(0, head_width, 2, device=positions.device) / head_width
+    angle = positions[..., None, None] * theta ** -exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Turn each pair (a, b) of x (B, S, H, h) by its position's angle."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(h)) v on (B, S, H, h) tensors, fused."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                # (B, H, S, h)
+    if q.device.type == "cpu":      # the backward of bf16 attention is many times slower on a CPU
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    else:
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)                           # (B, S, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x, rope, mask, cache=None):
+        B, S, D = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).unbind(2)  # (B, S, H, h)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(self, k, v)                         # (B, L, H, h)
+        return self.out(attend(q, k, v, mask))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, rope, mask, cache=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class TimeEmbedding(nn.Module):
+    """t (N,) in [0, 1] -> (N, D): sinusoids, then two layers, as in DDPM."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        half = self.width // 2
+        angle = 1000 * t[:, None] * 10_000 ** (-torch.arange(half, device=t.device) / half)
+        return self.layers(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+class Cache:
+    """Keys and values of all blocks, for B rows of different lengths, up to `size` positions each."""
+
+    def __init__(self, B, size, device):
+        self.size, self.kept = size, {}
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+
+    def positions(self, S):
+        """The next S positions of each row, (B, S)."""
+        return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
+
+    def append(self, layer, k, v):
+        """Write k, v (B, S, H, h) after what each row has; they stay only if `lengths` then grows."""
+        if layer not in self.kept:
+            self.kept[layer] = [k.new_zeros(len(k), self.size, *k.shape[2:]) for _ in "kv"]
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        for kept, new in zip(self.kept[layer], (k, v)):
+            kept[rows, self.positions(k.shape[1])] = new.to(kept.dtype)
+        return self.kept[layer]
+
+    def mask(self, mask):
+        """The mask among S new positions (B, 1, S, S) -> the mask over all that is kept (B, 1, S, size)."""
+        S = mask.shape[-1]
+        j = torch.arange(self.size, device=mask.device) - self.lengths[:, None]     # (B, size)
+        j = j[:, None, None, :].expand(-1, 1, S, -1)                                # (B, 1, S, size)
+        return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
+
+
+# --- model -----------------------------------------------------------------------------------------
+
+class Transfusion(nn.Module):
+    def __init__(self, config, layout):
+        """layout: data.Layout, the id ranges and the shape (C, h, w) of each modality's latents."""
+        super().__init__()
+        self.config, self.layout, D = config, layout, config.width
+        self.patch_sizes = [shape and shape[0] * config.patch ** 2 for shape in layout.shapes]  # P
+        self.token_embedding = nn.Embedding(layout.size, D)
+        self.patch_in = nn.ModuleList(nn.Linear(P, D) if P else None for P in self.patch_sizes)
+        self.patch_out = nn.ModuleList(nn.Linear(D, P) if P else None for P in self.patch_sizes)
+        self.time_embedding = TimeEmbedding(D)
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
+        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.head = nn.Linear(D, layout.size, bias=False)
+        self.apply(self.initialise)
+
+    def make_block(self):
+        return Block(self.config)
+
+    def initialise(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+
+    def positions(self, kind):
+        """How many positions a span of this modality takes."""
+        C, h, w = self.layout.shapes[kind]
+        return h * w // self.config.patch ** 2
+
+    def backbone(self, x, batch, rope, mask, cache=None):
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        return self.norm(x)
+
+    def forward(self, batch, times, cache=None):
+        """batch with latents as they stand at their times, (spans,) each -> hidden states (B, S, D)."""
+        B, S = batch.tokens.shape
+        parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
+        for latents, t, patch_in in zip(batch.signals, times, self.patch_in):
+            if latents is not None:
+                patches = patch_in(patchify(latents, self.config.patch))            # (spans, n, D)
+                parts.append((patches + self.time_embedding(t)[:, None]).flatten(0, 1))
+        x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
+        mask = attention_mask(batch.span, batch.document)
+        positions = torch.arange(S, device=x.device)[None]
+        if cache is not None:
+            mask, positions = cache.mask(mask), cache.positions(S)
+        rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
+        return self.backbone(x, batch, rope, mask, cache)
+
+    def loss(self, batch):
+        """L = L_LM + lambda L_diffusion (Eq. 4) -> (scalar, {name: scalar})."""
+        noisy, velocities, times = [None] * 4, [None] * 4, [None] * 4
+        for kind, x_0 in enumerate(batch.signals):
+            if x_0 is not None:
+                t = sample_times(len(x_0), x_0.device)                              # (spans,)
+                t = torch.where(batch.shown[kind], t * self.config.shown_limit, t)
+                times[kind], noise = t, torch.randn_like(x_0)
+                noisy[kind], velocities[kind] = add_noise(x_0, noise, t[:, None, None, None])
+        hidden = self(batch._replace(signals=tuple(noisy)), times)
+        by_modality = hidden.flatten(0, 1)[batch.order].split(batch.sizes)          # each (positions, D)
+        targets = batch.targets.flatten()[batch.order[:batch.sizes[0]]]
+        loss = F.cross_entropy(self.head(by_modality[0]).float(), targets, ignore_index=-100)
+        parts = {"text": loss.detach()}
+        for kind, velocity in enumerate(velocities):
+            if velocity is not None:
+                predicted = self.patch_out[kind](by_modality[kind]).float()
+                target = patchify(velocity, self.config.patch).flatten(0, 1)
+                error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
+                loss = loss + self.config.diffusion_weight * average(error, batch.real[kind])
+                parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
+        return loss, parts
+
+    def by_noise(self, kind, error, t, real):
+        """The diffusion loss of a modality, and the same in quarters of t (nan where a quarter is empty)."""
+        name = ("text", "image", "audio", "video")[kind]
+        parts = {name: average(error, real)}
+        for quarter in range(4):
+            inside = real * (t * 4).long().eq(quarter)
+            parts[f"{name}_noise_{quarter}"] = average(error, inside)
+        return parts
+
+    # --- generate ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompt, size, spans=1, steps=25, guidance=3.0, temperature=0.0):
+        """Go on with each row, switching by itself between language modelling and diffusion (Sec. 3).
+
+        prompt: a batch with one open document a row, latents clean. size: most positions of a row.
+        spans: how many spans a row may draw; it stops where it opens one more. temperature: of text.
+        Returns tokens (B, size), <pad> after the end and where latents stand, and the latents drawn
+        in each row, by modality (B, spans, C, h, w) or None.
+        """
+        B, device = len(prompt.tokens), prompt.tokens.device
+        lengths, drawn = (prompt.document > 0).sum(1), torch.zeros_like(prompt.tokens[:, 0])
+        tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
+        latents = [shape and torch.zeros(B, spans, *shape, device=device) for shape in self.layout.shapes]
+        longest = max(self.positions(kind) for kind in range(4) if self.layout.shapes[kind])
+        cache, null = (Cache(B, size + longest, device) for _ in range(2))
+        clean = [x if x is None else torch.zeros(len(x), device=device) for x in prompt.signals]
+        hidden = self(prompt, clean, cache)                                         # (B, S, D)
+        hidden = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
+        cache.lengths += lengths
+        self.extend(prompt, null, 1, torch.full_like(tokens[:, :1], self.layout.bos))
+        last = tokens.gather(1, lengths[:, None] - 1)                               # (B, 1)
+        state = self.next_state(last[:, 0], torch.zeros_like(drawn), drawn < spans, lengths < size)
+        while (state >= 0).any():       # by row: 0 writes text, k > 0 draws a span of modality k, -1 is done
+            active = (state == 0).long()
+            if active.any():            # language modelling, until every row draws or is done
+                logits = self.text_logits(self.head(hidden[:, -1]).float(), size - lengths)
+                last = choose(logits, temperature)
+            else:                       # diffusion, of all rows that draw this modality
+                kind = int(state.max())
+                active = (state == kind).long()
+                x_0 = self.denoise(prompt, kind, cache, null, steps, guidance)
+                self.extend(prompt, cache, active, kind=kind, latents=x_0)          # clean: context now
+                rows = active.nonzero()[:, 0]
+                latents[kind][rows, drawn[rows]] = x_0[rows]
+                lengths, drawn = lengths + active * self.positions(kind), drawn + active
+                last = torch.full_like(last, self.layout.end[kind])
+            place = lengths[:, None].clamp(max=size - 1)
+            tokens.scatter_(1, place, torch.where(active[:, None] > 0, last, tokens.gather(1, place)))
+            lengths = lengths + active
+            hidden = self.extend(prompt, cache, active, last)
+            state = torch.where(active > 0, self.next_state(last[:, 0], state, drawn < spans,
+                                                            lengths < size), state)
+        return tokens, latents
+
+    def next_state(self, last, state, may_draw, has_room):
+        """The state of rows (B,) after their last token: draw after a <begin>, stop after <eos>."""
+        state = torch.zeros_like(state)
+        for kind, begin in enumerate(self.layout.begin):
+            if begin is not None:
+                state = torch.where(last == begin, torch.where(may_draw, kind, -1), state)
+        return torch.where((last != self.layout.eos) & has_room, state, -1)
+
+    def text_logits(self, logits, room):
+        """Only text, <eos>, and the <begin> of a span that still fits, may follow text; logits (B, ids)."""
+        allowed = torch.zeros_like(logits, dtype=torch.bool)
+        allowed[:, :self.layout.text] = allowed[:, self.layout.eos] = True
+        for kind, shape in enumerate(self.layout.shapes):
+            if shape:
+                allowed[:, self.layout.begin[kind]] = room >= self.positions(kind) + 2
+        return logits.masked_fill(~allowed, -math.inf)
+
+    def extend(self, prompt, cache, keep, tokens=None, kind=0, latents=None, t=0.0):
+        """Run S positions of one modality after the cache -> hidden (B, S, D); rows with `keep` keep them."""
+        B, device = len(prompt.tokens), prompt.tokens.device
+        signals, times = [None] * 4, [None] * 4
+        if kind:
+            tokens = torch.full((B, self.positions(kind)), self.layout.pad, device=device)
+            signals[kind], times[kind] = latents, torch.full((B,), t, device=device)
+        order = torch.arange(tokens.numel(), device=device)
+        sizes = tuple(tokens.numel() if m == kind else 0 for m in range(4))
+        step = prompt._replace(tokens=tokens, span=torch.full_like(tokens, kind), order=order, inverse=order,
+                               document=torch.ones_like(tokens), sizes=sizes, signals=tuple(signals))
+        hidden = self(step, times, cache)
+        cache.lengths += keep * tokens.shape[1]
+        return hidden
+
+    def denoise(self, prompt, kind, cache, null, steps, guidance):
+        """Euler steps from noise (t = 1) to data (t = 0), guided away from the span without its context."""
+        B, shape = len(prompt.tokens), self.layout.shapes[kind]
+        x = torch.randn(B, *shape, device=prompt.tokens.device)
+        begin = torch.full((B, 1), self.layout.begin[kind], device=x.device)
+        self.extend(prompt, null, 1, begin)                         # <bos> <begin>, and nothing else
+        for step in range(steps):
+            t = 1 - step / steps
+            velocity = self.velocity(prompt, cache, kind, x, t)
+            if guidance != 1:
+                velocity = guide(velocity, self.velocity(prompt, null, kind, x, t), guidance)
+            x = x - velocity / steps
+        null.lengths -= 1
+        return x
+
+    def velocity(self, prompt, cache, kind, x, t):
+        hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
+        return unpatchify(self.patch_out[kind](hidden).float(), self.layout.shapes[kind], self.config.patch)
+
+
+def choose(logits, temperature):
+    """logits (B, ids) -> (B, 1): the best at temperature 0, else a sample."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)
