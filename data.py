@@ -116,8 +116,8 @@ class Tokenizer:
 
 
 def split_words(text):
-    """Words with the space before them, runs of punctuation, single white space: together all of the text."""
-    return re.findall(r" ?\w+| ?[^\w\s]+|\s", text)
+    """Words with the space before them, runs of punctuation, single white space: all of the text."""
+    return re.findall(r" ?\w+(?:-\w+)*| ?[^\w\s]+|\s", text)
 
 
 def merge(ids, pair, new):
@@ -166,9 +166,9 @@ def shapes_corpus(rng, pictures=40_000, size=32):
         scene, kind = shapes.sample(rng), rng.random()
         caption = shapes.describe(scene, rng)
         sentence, after = shapes.change(scene, rng)
-        if kind < 0.70:         # `Batches` turns some of these around: picture, then caption
+        if kind < 0.78:         # `Batches` turns some of these around: picture, then caption
             documents.append([("text", caption), draw(scene)])
-        elif kind < 0.85:
+        elif kind < 0.95:
             documents.append([("text", caption), draw(scene), ("text", sentence), draw(after)])
         else:                   # opens with another word: what a text without a picture begins with
             end = shapes.describe(after, rng)
@@ -299,7 +299,7 @@ class Batches:
     """
 
     def __init__(self, corpus, tokenizer, layout, encoded, positions, rows, length, seed=0,
-                 read=0.3, drop=0.1):
+                 read=0.2, drop=0.1):
         self.layout, self.encoded = layout, encoded
         self.rows, self.length, self.seed, self.read, self.drop = rows, length, seed, read, drop
         self.positions = positions
@@ -434,12 +434,13 @@ def pack_prompts(documents, tokenizer, layout, positions, encoded):
 
 
 def unpack(tokens, latents, layout, tokenizer):
-    """One row that `generate` returned, as a document: strings, and codes or latents as tensors.
+    """What `generate` returned for one row, as a document: strings, and codes or latents as tensors.
 
-    tokens (T,), latents by modality (spans, C, h, w) or None. A span that was only opened holds None.
+    tokens (T,), from where the new part begins; latents, by modality, those that were drawn (spans, C, h, w).
+    A span that was only opened holds None.
     """
     document, text, drawn = [], [], [0] * len(MODALITIES)
-    ids, at = tokens.tolist(), 1
+    ids, at = tokens.tolist(), 0
     while at < len(ids) and ids[at] not in (layout.eos, layout.pad):
         kind = layout.begin.index(ids[at]) if ids[at] in layout.begin else 0
         if not kind:

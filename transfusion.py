@@ -29,7 +29,7 @@ import torch.nn.functional as F
 class TransfusionConfig:
     width: int = 128                # D; the paper's smallest is 768
     depth: int = 4                  # blocks; the paper's smallest has 16
-    heads: int = 2                  # H; heads of 64, as in the paper
+    heads: int = 4                  # H; with fewer, words bind to places more slowly
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
@@ -207,20 +207,30 @@ class Transfusion(nn.Module):
         self.token_embedding = nn.Embedding(layout.size, D)
         self.patch_in = nn.ModuleList(nn.Linear(P, D) if P else None for P in self.patch_sizes)
         self.patch_out = nn.ModuleList(nn.Linear(D, P) if P else None for P in self.patch_sizes)
+        self.patch_place = nn.ParameterList(nn.Parameter(torch.zeros(self.positions(kind), D)) if P else None
+                                            for kind, P in enumerate(self.patch_sizes))
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.head = nn.Linear(D, layout.size, bias=False)
-        self.apply(self.initialise)
+        self.initialise()
 
     def make_block(self):
         return Block(self.config)
 
-    def initialise(self, module):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
+    def initialise(self):
+        """Unit-variance projections; every block starts as the identity, every output at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.ffn.down.weight)
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.zeros_(self.head.weight)
+        for out in self.patch_out:
+            if out is not None:
+                nn.init.zeros_(out.weight)
 
     def positions(self, kind):
         """How many positions a span of this modality takes."""
@@ -236,10 +246,10 @@ class Transfusion(nn.Module):
         """batch with latents as they stand at their times, (spans,) each -> hidden states (B, S, D)."""
         B, S = batch.tokens.shape
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
-        for latents, t, patch_in in zip(batch.signals, times, self.patch_in):
+        for latents, t, patch_in, place in zip(batch.signals, times, self.patch_in, self.patch_place):
             if latents is not None:
                 patches = patch_in(patchify(latents, self.config.patch))            # (spans, n, D)
-                parts.append((patches + self.time_embedding(t)[:, None]).flatten(0, 1))
+                parts.append((patches + place + self.time_embedding(t)[:, None]).flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
         mask = attention_mask(batch.span, batch.document)
         positions = torch.arange(S, device=x.device)[None]
@@ -254,14 +264,18 @@ class Transfusion(nn.Module):
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
                 t = sample_times(len(x_0), x_0.device)                              # (spans,)
-                t = torch.where(batch.shown[kind], t * self.config.shown_limit, t)
+                # a picture that its words describe is seen less noised; in evaluation, as it is
+                limit = self.config.shown_limit if self.training else 0.0
+                t = torch.where(batch.shown[kind], t * limit, t)
                 times[kind], noise = t, torch.randn_like(x_0)
                 noisy[kind], velocities[kind] = add_noise(x_0, noise, t[:, None, None, None])
         hidden = self(batch._replace(signals=tuple(noisy)), times)
         by_modality = hidden.flatten(0, 1)[batch.order].split(batch.sizes)          # each (positions, D)
         targets = batch.targets.flatten()[batch.order[:batch.sizes[0]]]
-        loss = F.cross_entropy(self.head(by_modality[0]).float(), targets, ignore_index=-100)
-        parts = {"text": loss.detach()}
+        logits = self.head(by_modality[0]).float()                                  # (text positions, ids)
+        loss = F.cross_entropy(logits, targets, ignore_index=-100)
+        right = (logits.argmax(-1) == targets).float()
+        parts = {"text": loss.detach(), "text_accuracy": average(right, (targets >= 0).float())}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
                 predicted = self.patch_out[kind](by_modality[kind]).float()
@@ -383,3 +397,15 @@ def choose(logits, temperature):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits / temperature).softmax(-1), 1)
+
+
+def main():
+    """Take one real batch apart, untrained."""
+    from show import demo, tour
+    batch, layout = demo("kl")
+    torch.manual_seed(0)
+    tour(Transfusion(TransfusionConfig(), layout), batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -226,3 +226,28 @@ def code_usage(codes, K):
     share = torch.bincount(codes.flatten(), minlength=K).float() / codes.numel()
     perplexity = torch.special.entr(share).sum().exp()
     return perplexity.item(), (share > 0).float().mean().item()
+
+
+def main():
+    """Take one real batch through both bottlenecks, untrained."""
+    from show import demo_pictures
+    pictures = demo_pictures(64)
+    torch.manual_seed(0)
+    for name in ("vq", "kl"):
+        model = VQVAE(VQVAEConfig(bottleneck=name))
+        loss, parts = model.loss(pictures)      # in training: places the codes
+        z_e = model.encoder(pictures)
+        encoded = model.eval().encode(pictures)
+        print(f"\n{name}: pictures {tuple(pictures.shape)} -> encoder {tuple(z_e.shape)} -> "
+              f"{'codes' if name == 'vq' else 'latents'} {tuple(encoded.shape)} -> decoder "
+              f"{tuple(model.decode(encoded).shape)}")
+        print(f"parameters {sum(p.numel() for p in model.parameters()):,}; untrained loss {loss.item():.3f} = "
+              + ", ".join(f"{part} {value.item():.3f}" for part, value in parts.items()))
+        if name == "vq":
+            perplexity, used = code_usage(encoded, model.config.codes)
+            print(f"the 64 codes of the first picture, of {model.config.codes} (in this batch {used:.0%} are "
+                  f"used, perplexity {perplexity:.0f}):\n{encoded[0].numpy()}")
+
+
+if __name__ == "__main__":
+    main()

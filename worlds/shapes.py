@@ -26,8 +26,8 @@ COLOURS = {"red": (225, 30, 35), "green": (25, 160, 50), "blue": (35, 70, 235),
            "yellow": (250, 215, 20), "purple": (170, 40, 200), "cyan": (30, 205, 225)}
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (185, 185, 185), "black": (0, 0, 0)}
 SIZES = {"small": 4.0, "large": 5.8}        # radius, in pixels of a 32 x 32 picture
-PLACES = ("top left", "top centre", "top right", "middle left", "centre", "middle right",
-          "bottom left", "bottom centre", "bottom right")
+PLACES = ("top-left", "top", "top-right", "left", "centre", "right",
+          "bottom-left", "bottom", "bottom-right")
 HELD_OUT = {("circle", "yellow"), ("square", "purple"), ("triangle", "green"), ("cross", "blue")}
 JITTER = 0.75                               # a thing's centre moves by up to this many pixels
 
@@ -123,10 +123,10 @@ def render(scene, rng=None, size=32):
 
 # (how a scene is said, how a thing is said, what joins two things). `parse` is made from this table.
 PHRASINGS = (
-    ("{things} on {background}.", "a {size} {colour} {shape} in the {place}", " and "),
-    ("on {background}: {things}.", "{size} {colour} {shape}, {place}", "; "),
-    ("{background} background. {things}.", "{place}: {size} {colour} {shape}", ", "),
-    ("{things}, all on {background}.", "{colour} {shape}, {size}, {place}", "; "),
+    ("{things} on {background}.", "a {size} {colour} {shape} at the {place}", " and "),
+    ("{things} on {background}.", "{size} {colour} {shape} {place}", ", "),
+    ("on {background}: {things}.", "{place} {size} {colour} {shape}", ", "),
+    ("{background}, {things}.", "{size} {colour} {shape}, {place}", " and "),
 )
 
 
@@ -143,7 +143,7 @@ def describe(scene, rng=None):
 
 
 def _group(names):
-    return "(" + "|".join(re.escape(name) for name in names) + ")"
+    return "(" + "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) + ")"
 
 
 _WORDS = {"size": _group(SIZES), "colour": _group(COLOURS), "shape": _group(SHAPES),
@@ -172,10 +172,10 @@ def parse(caption):
     return None
 
 
-CHANGES = {"colour": "the {shape} in the {place} turns {value}.",
-           "size": "the {shape} in the {place} becomes {value}.",
-           "shape": "the {shape} in the {place} becomes a {value}.",
-           "place": "the {shape} in the {place} moves to the {value}."}
+CHANGES = {"colour": "the {place} {shape} turns {value}.",
+           "size": "the {place} {shape} becomes {value}.",
+           "shape": "the {place} {shape} becomes a {value}.",
+           "place": "the {place} {shape} moves to {value}."}
 
 
 def change(scene, rng):
@@ -200,7 +200,7 @@ def apply_change(scene, sentence):
         match = re.fullmatch(_pattern(template, value=_WORDS[field]), sentence)
         if match is None:
             continue
-        shape, place, value = match.groups()
+        place, shape, value = match.groups()
         for thing in scene.things:
             if (thing.shape, thing.place) == (shape, place):
                 others = [other for other in scene.things if other is not thing]

@@ -1,0 +1,331 @@
+"""Chameleon: every modality is discrete tokens in one stream, one transformer, one softmax.
+
+A picture is 64 ids of a VQ-VAE's codes between <boi> and <eoi>. The model is a language model over text and codes
+alike: it learns by next-token prediction, and draws by predicting codes.
+
+Paper: Chameleon Team 2024, "Chameleon: Mixed-Modal Early-Fusion Foundation Models" (arXiv 2405.09818).
+As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) with QK-norm, z-loss 1e-5, and
+generation that allows, at each step, only ids of the modality whose turn it is (Sec. 2.4).
+As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
+Left out: norm re-ordering and dropout (they matter above 7B parameters), the 34B model's grouped queries.
+
+    python chameleon.py           one real batch, taken apart: seconds, no training
+    python train.py chameleon     train it: minutes on a laptop
+
+Symbols: B rows, T positions, D width, H heads, h head width, M modalities, S new positions beside a cache,
+L positions in the cache, V ids of the vocabulary. Masks: True = may attend.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ChameleonConfig:
+    width: int = 128                # D; the paper's 7B model has 4096
+    depth: int = 4                  # blocks; the 7B model has 32
+    heads: int = 4                  # H; the 7B model has 32
+    hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
+    rope_theta: float = 10_000.0    # base of the rotary frequencies
+    z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
+
+
+# --- the idea --------------------------------------------------------------------------------------
+
+def attention_mask(document):
+    """Causal, never across documents: images are tokens like any others.
+
+    document (B, T) -> (B, 1, T, T), True where position i (row) may attend to position j (column).
+    """
+    T = document.shape[1]
+    i, j = torch.arange(T, device=document.device)[:, None], torch.arange(T, device=document.device)
+    same_document = document[:, :, None] == document[:, None, :]                    # (B, T, T)
+    return ((j <= i) & same_document)[:, None]                                      # (B, 1, T, T)
+
+
+def z_loss(logits):
+    """(log Z)^2 with Z = sum_i exp(logit_i): keeps the logits from drifting (Sec. 2.3); (N, V) -> (N,)."""
+    return logits.logsumexp(-1).square()
+
+
+def allow(logits, layout, kind, left, room):
+    """The modality state machine (Sec. 2.4): mask out every id whose turn it is not.
+
+    kind (B,): the modality of the span that is being written, 0 in text; left (B,): codes it still
+    needs; room (B,): positions left in the row. logits (B, V) -> (B, V) with -inf where not allowed.
+    """
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    text = (ids < layout.text) | (ids == layout.eos)
+    allowed = text.expand_as(logits)                                                # (B, V)
+    for m, shape in enumerate(layout.shapes):
+        if shape:
+            fits = room >= math.prod(shape[1:]) + 2     # its codes and its end, beside its begin
+            allowed = allowed | (fits[:, None] & (ids == layout.begin[m]))
+            code = (ids >= layout.codes[m][0]) & (ids < layout.codes[m][1])
+            inside = torch.where(left[:, None] > 0, code, ids == layout.end[m])
+            allowed = torch.where((kind == m)[:, None], inside, allowed)
+    return logits.masked_fill(~allowed, -math.inf)
+
+
+def guide(conditional, unconditional, guidance):
+    """Classifier-free guidance: u + s (c - u), so that 1 is no guidance (arXiv 2207.12598, Eq. 6)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+# --- layers ----------------------------------------------------------------------------------------
+
+def rotary(positions, head_width, theta):
+    """Rotary position embedding (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
+    exponent = torch.arange(0, head_width, 2, device=positions.device) / head_width
+    angle = positions[..., None, None] * theta ** -exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Turn each pair (a, b) of x (B, S, H, h) by its position's angle."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(h)) v on (B, S, H, h) tensors, fused."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                # (B, H, S, h)
+    if q.device.type == "cpu":      # the backward of bf16 attention is many times slower on a CPU
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    else:
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)                           # (B, S, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.q_norm = nn.LayerNorm(config.width // config.heads)    # shared by the heads, before RoPE,
+        self.k_norm = nn.LayerNorm(config.width // config.heads)    # as in the released code
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x, rope, mask, cache=None):
+        B, S, D = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).unbind(2)  # (B, S, H, h)
+        q, k = self.q_norm(q), self.k_norm(k)       # bounds the logits of attention (Sec. 2.3)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(self, k, v)                         # (B, L, H, h)
+        return self.out(attend(q, k, v, mask))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, rope, mask, cache=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Cache:
+    """Keys and values of all blocks, for B rows of different lengths, up to `size` positions each."""
+
+    def __init__(self, B, size, device):
+        self.size, self.kept = size, {}
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+
+    def positions(self, S):
+        """The next S positions of each row, (B, S)."""
+        return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
+
+    def append(self, layer, k, v):
+        """Write k, v (B, S, H, h) after what each row has; they stay only if `lengths` then grows."""
+        if layer not in self.kept:
+            self.kept[layer] = [k.new_zeros(len(k), self.size, *k.shape[2:]) for _ in "kv"]
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        for kept, new in zip(self.kept[layer], (k, v)):
+            kept[rows, self.positions(k.shape[1])] = new.to(kept.dtype)
+        return self.kept[layer]
+
+    def mask(self, mask):
+        """The mask among S new positions (B, 1, S, S) -> the mask over all that is kept (B, 1, S, size)."""
+        S = mask.shape[-1]
+        j = torch.arange(self.size, device=mask.device) - self.lengths[:, None]     # (B, size)
+        j = j[:, None, None, :].expand(-1, 1, S, -1)                                # (B, 1, S, size)
+        return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
+
+
+# --- model -----------------------------------------------------------------------------------------
+
+class Chameleon(nn.Module):
+    def __init__(self, config, layout):
+        """layout: data.Layout, the id ranges and the shape (C, h, w) of each modality's grid of codes."""
+        super().__init__()
+        self.config, self.layout = config, layout
+        self.token_embedding = nn.Embedding(layout.size, config.width)
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.head = nn.Linear(config.width, layout.size, bias=False)
+        self.initialise()
+
+    def make_block(self):
+        return Block(self.config)
+
+    def initialise(self):
+        """Unit-variance projections; every block starts as the identity, every output at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.ffn.down.weight)
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.zeros_(self.head.weight)
+
+    def positions(self, kind):
+        """How many positions a span of this modality takes: one for each code."""
+        return math.prod(self.layout.shapes[kind][1:])
+
+    def backbone(self, x, batch, rope, mask, cache=None):
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        return self.norm(x)
+
+    def forward(self, batch, cache=None):
+        """Ids of text and codes alike -> hidden states (B, S, D)."""
+        x = self.token_embedding(batch.tokens)                                      # (B, S, D)
+        mask = attention_mask(batch.document)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        if cache is not None:
+            mask, positions = cache.mask(mask), cache.positions(x.shape[1])
+        rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
+        return self.backbone(x, batch, rope, mask, cache)
+
+    def loss(self, batch):
+        """Next-token cross-entropy over the whole stream, and z-loss -> (scalar, {name: scalar})."""
+        logits = self.head(self(batch)).float().flatten(0, 1)                       # (B T, V)
+        targets = batch.targets.flatten()
+        counted = (targets >= 0).float()
+        error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+        drift = average(z_loss(logits), counted)
+        loss = average(error, counted) + self.config.z_loss * drift
+        right = (logits.argmax(-1) == targets).float()
+        text = counted * (targets < self.layout.codes[0][0])
+        parts = {"text": average(error.detach(), text), "text_accuracy": average(right, text),
+                 "log_z_squared": drift.detach()}
+        for name, (first, stop) in zip(("text", "image", "audio", "video"), self.layout.codes):
+            if stop > first:
+                code = (targets >= first) & (targets < stop)
+                parts[name] = average(error.detach(), code.float())
+        return loss, parts
+
+    # --- generate ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompt, size, spans=1, guidance=2.0, temperature=0.0, code_temperature=1.0):
+        """Go on with each row, one id at a time, text and codes from the same softmax.
+
+        prompt: a batch with one open document a row. size: most positions of a row in all.
+        spans: how many spans a row may draw; it stops where it opens one more.
+        temperature, code_temperature: of text, of codes; 0 is greedy.
+        Returns tokens (B, size), <pad> after the end, and four times None (there are no latents).
+        """
+        B, device = len(prompt.tokens), prompt.tokens.device
+        lengths = (prompt.document > 0).sum(1)
+        tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
+        cache, null = Cache(B, size + 1, device), Cache(B, size + 1, device)
+        hidden = self(prompt, cache)                                                # (B, S, D)
+        hidden = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
+        cache.lengths += lengths
+        self.extend(prompt, null, 1, torch.full_like(tokens[:, :1], self.layout.bos))
+        last = tokens.gather(1, lengths[:, None] - 1)[:, 0]                         # (B,)
+        kind, left, drawn, done = self.advance(last, *(torch.zeros_like(last) for _ in range(3)), spans)
+        done |= lengths >= size
+        while not done.all():
+            logits = self.head(hidden[:, -1]).float()                               # (B, V)
+            if guidance != 1 and (kind > 0).any():      # the null branch: <bos> <begin> and the codes so far
+                null.lengths.masked_fill_(kind == 0, 1)
+                unconditional = self.head(self.extend(prompt, null, kind > 0, last[:, None])[:, -1])
+                guided = guide(logits, unconditional.float(), guidance)
+                logits = torch.where(kind[:, None] > 0, guided, logits)
+            logits = allow(logits, self.layout, kind, left, size - lengths)
+            last = torch.where(kind > 0, choose(logits, code_temperature), choose(logits, temperature))
+            place = lengths[:, None].clamp(max=size - 1)
+            tokens.scatter_(1, place, torch.where(done, tokens.gather(1, place)[:, 0], last)[:, None])
+            lengths = lengths + ~done
+            hidden = self.extend(prompt, cache, ~done, last[:, None])
+            kind, left, drawn, stopped = self.advance(last, kind, left, drawn, spans)
+            done = done | stopped | (lengths >= size)
+        return tokens, [None] * 4
+
+    def advance(self, last, kind, left, drawn, spans):
+        """The state of each row after one more id: a span opens, goes on, or closes; all (B,)."""
+        closed = (kind > 0) & (left == 0)
+        left = torch.where(kind > 0, left - 1, left).clamp(min=0)
+        kind, drawn = kind.masked_fill(closed, 0), drawn + closed
+        stopped = last == self.layout.eos
+        for m, shape in enumerate(self.layout.shapes):
+            if shape:
+                opened = (kind == 0) & (last == self.layout.begin[m])
+                stopped = stopped | (opened & (drawn >= spans))
+                kind, left = kind.masked_fill(opened, m), left.masked_fill(opened, self.positions(m))
+        return kind, left, drawn, stopped
+
+    def extend(self, prompt, cache, keep, tokens):
+        """Run one more id a row (B, 1) after the cache -> hidden (B, 1, D); rows with `keep` keep it."""
+        order = torch.arange(len(tokens), device=tokens.device)
+        modality = torch.zeros_like(tokens)
+        for m, (first, stop) in enumerate(self.layout.codes):
+            modality += m * ((tokens >= first) & (tokens < stop))
+        order = modality[:, 0].argsort(stable=True)     # which rows write codes; MoT routes by it
+        sizes = tuple(torch.bincount(modality[:, 0], minlength=4).tolist())
+        step = prompt._replace(tokens=tokens, document=torch.ones_like(tokens), order=order,
+                               inverse=order.argsort(), sizes=sizes)
+        hidden = self(step, cache)
+        cache.lengths += keep
+        return hidden
+
+
+def average(values, weights):
+    """The weighted mean; nan without any weight."""
+    return (values * weights).sum() / weights.sum()
+
+
+def choose(logits, temperature):
+    """logits (B, V) -> (B,): the best at temperature 0, else a sample."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+
+
+def main():
+    """Take one real batch apart, untrained."""
+    from show import demo, tour
+    batch, layout = demo("vq")
+    torch.manual_seed(0)
+    tour(Chameleon(ChameleonConfig(), layout), batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Talk to a trained checkpoint: a prompt becomes a picture, a picture becomes a caption.
+
+    python sample.py runs/mot "a large red circle in the centre on white."     writes a picture
+    python sample.py runs/mot --image picture.png                               writes a caption
+    python sample.py runs/mot                                                   writes a free document
+
+Without a prompt the model decides itself what comes next, words or a picture, until it ends the document.
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chameleon import Chameleon, ChameleonConfig
+from data import MODALITIES, InputError, Tokenizer, pack_prompts, read_picture, to_bytes, to_signal, unpack
+from mot import MoTChameleon, MoTTransfusion
+from transfusion import Transfusion, TransfusionConfig
+from vqvae import VQVAE, VQVAEConfig
+
+FORMAT = 1                  # of checkpoints; raised when an older reader could no longer understand them
+
+# (architecture, setting) -> the model, its config, and the bottleneck of the autoencoder it reads
+MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
+          ("transfusion", "transfusion"): (Transfusion, TransfusionConfig, "kl"),
+          ("mot", "chameleon"): (MoTChameleon, ChameleonConfig, "vq"),
+          ("mot", "transfusion"): (MoTTransfusion, TransfusionConfig, "kl")}
+
+
+class System:
+    """A model with its tokenizer and autoencoder: documents with words and pictures in, the same out."""
+
+    def __init__(self, model, autoencoder, tokenizer, device="cpu"):
+        self.model, self.autoencoder = model.eval(), autoencoder.eval()
+        self.tokenizer, self.layout, self.device = tokenizer, model.layout, torch.device(device)
+        self.positions = [model.positions(kind) if shape else 0
+                          for kind, shape in enumerate(model.layout.shapes)]
+        self.picture_size = autoencoder.config.size
+
+    @torch.no_grad()
+    def encode(self, pictures):
+        """Pictures (N, 3, H, W) in [-1, 1] -> codes or latents, on the CPU."""
+        with precision(self.device):
+            return self.autoencoder.encode(pictures.to(self.device)).cpu()
+
+    @torch.no_grad()
+    def decode(self, encoded):
+        with precision(self.device):
+            return self.autoencoder.decode(encoded.to(self.device)).cpu()
+
+    def complete(self, prompts, spans=1, new_text=64, batch=128, **settings):
+        """Go on with each prompt: [("text", str) | ("image", picture) | ("image", None: to be drawn), ...].
+
+        Returns whole documents, pictures as (3, H, W) tensors. A picture that the model began, but that
+        `spans` did not let it draw, is None. `settings` go to the model's `generate`.
+        """
+        documents = []
+        for start in range(0, len(prompts), batch):
+            documents += self._complete(prompts[start:start + batch], spans, new_text, settings)
+        return documents
+
+    def _complete(self, prompts, spans, new_text, settings):
+        given = [content for prompt in prompts for name, content in prompt
+                 if name != "text" and content is not None]
+        number = iter(range(len(given)))
+        numbered = [[(name, content if name == "text" or content is None else next(number))
+                     for name, content in prompt] for prompt in prompts]
+        encoded = {"image": self.encode(torch.stack(given))} if given else {}
+        batch = pack_prompts(numbered, self.tokenizer, self.layout, self.positions, encoded)
+        size = batch.tokens.shape[1] + new_text + spans * (max(self.positions) + 2)
+        with precision(self.device):
+            tokens, latents = self.model.generate(batch.to(self.device), size, spans, **settings)
+        tokens, lengths = tokens.cpu(), (batch.document > 0).sum(1).tolist()
+        documents = []
+        for i, prompt in enumerate(prompts):
+            open_span = bool(prompt) and prompt[-1][1] is None
+            drawn = [x if x is None else x[i].cpu() for x in latents]
+            new = unpack(tokens[i, lengths[i] - open_span:], drawn, self.layout, self.tokenizer)
+            old = list(prompt[:-1] if open_span else prompt)
+            if old and new and old[-1][0] == new[0][0] == "text":
+                old[-1:], new = [("text", old[-1][1] + new[0][1])], new[1:]
+            documents.append(old + new)
+        return self._decode(documents, prompts)
+
+    def _decode(self, documents, prompts):
+        """Replace the codes or latents of drawn spans by pictures, all at once."""
+        places = [(i, k) for i, document in enumerate(documents) for k, (name, content) in enumerate(document)
+                  if name != "text" and content is not None and k >= len(prompts[i]) - 1
+                  and not any(content is part[1] for part in prompts[i])]
+        if places:
+            pictures = self.decode(torch.stack([documents[i][k][1] for i, k in places]))
+            for (i, k), picture in zip(places, pictures):
+                documents[i][k] = documents[i][k][0], picture
+        return documents
+
+    def draw(self, captions, **settings):
+        """Captions -> pictures (N, 3, H, W)."""
+        documents = self.complete([[("text", text), ("image", None)] for text in captions],
+                                  new_text=2, **settings)
+        return torch.stack([next(part for name, part in document if name == "image")
+                            for document in documents])
+
+    def caption(self, pictures, **settings):
+        """Pictures (N, 3, H, W) -> captions."""
+        documents = self.complete([[("image", picture)] for picture in pictures], spans=0, **settings)
+        return ["".join(part for name, part in document if name == "text") for document in documents]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------
+
+def build(arch, setting, config, layout, mot=None):
+    """The model of an architecture; `mot`: what only mot.py asks for (towers, untie)."""
+    model, config_class, _ = MODELS[arch, setting]
+    return model(config_class(**config), layout, **(mot or {}))
+
+
+def load_checkpoint(path):
+    """A run's folder or its checkpoint.pt -> its contents, checked; InputError where it is none."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f'there is no checkpoint "{path}"; train one with: python train.py mot')
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # whatever torch, zip or pickle make of a broken or foreign file
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise InputError(f'"{path}" cannot be loaded as a checkpoint: {reason}') from None
+    if not isinstance(saved, dict) or "format" not in saved:
+        raise InputError(f'"{path}" is not a checkpoint of this project')
+    if saved["format"] > FORMAT:
+        raise InputError(f'"{path}" has format {saved["format"]}, newer than this code knows ({FORMAT}): '
+                         "update the code")
+    return saved
+
+
+def load_autoencoder(saved):
+    """{"config", "weights"} -> VQVAE."""
+    config = {name: _tuples(value) for name, value in saved["config"].items()}
+    autoencoder = VQVAE(VQVAEConfig(**config))
+    autoencoder.load_state_dict(saved["weights"])
+    return autoencoder.eval()
+
+
+def _tuples(value):
+    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+def layout_of(tokenizer, autoencoder):
+    """The layout of sequences that hold this autoencoder's codes or latents."""
+    config = autoencoder.config
+    codes = {"image": config.codes} if config.bottleneck == "vq" else {}
+    return tokenizer.layout({"image": (config.latent_channels, *config.grid)}, codes)
+
+
+def load_system(path, device="cpu"):
+    """A trained model, ready to talk."""
+    saved = load_checkpoint(path)
+    if saved["arch"] == "vqvae":
+        raise InputError(f'"{path}" is an autoencoder; sample.py talks to chameleon, transfusion and mot')
+    tokenizer, autoencoder = Tokenizer(saved["merges"]), load_autoencoder(saved["autoencoder"])
+    model = build(saved["arch"], saved["setting"], saved["config"], layout_of(tokenizer, autoencoder),
+                  saved["mot"])
+    model.load_state_dict(saved["ema"])
+    return System(model.to(device), autoencoder.to(device), tokenizer, device)
+
+
+# --- the machine -----------------------------------------------------------------------------------
+
+def pick_device(name):
+    """auto, cpu, cuda or mps -> torch.device; InputError where the machine has none such."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise InputError(f"--device {name}: this machine has none that torch can use; try --device auto")
+    return torch.device(name)
+
+
+def precision(device):
+    """The context to compute in: bf16 where the machine is fast at it, else fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if fast_bf16(device) else nullcontext()
+
+
+def fast_bf16(device, known={}):
+    """Whether bf16 matrix products are worth it; on a CPU that is measured, once, in a few milliseconds."""
+    if device.type not in known:
+        if device.type == "cpu":
+            seconds = {}
+            for dtype in (torch.float32, torch.bfloat16):
+                a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+                for _ in range(3):
+                    start = time.perf_counter()
+                    a @ b
+                    taken = time.perf_counter() - start
+                    seconds[dtype] = min(seconds.get(dtype, taken), taken)
+            known["cpu"] = seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+        else:
+            known[device.type] = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return known[device.type]
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+def save_picture(picture, path, scale=8):
+    """(3, H, W) in [-1, 1] -> a PNG or JPEG file, enlarged so that its pixels can be seen."""
+    from PIL import Image
+    image = Image.fromarray(to_bytes(picture).transpose(1, 2, 0))
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def write_document(document, path):
+    """A document as Markdown, its pictures beside it."""
+    path, lines, count = Path(path), [], 0
+    for name, content in document:
+        if name == "text":
+            lines.append(content)
+        elif content is not None:
+            count += 1
+            picture = path.with_name(f"{path.stem}-{count}.png")
+            save_picture(content, picture)
+            lines.append(f"![{name} {count}]({picture.name})")
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see: python {self.prog} --help)")
+
+
+def arguments():
+    parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, or its checkpoint.pt")
+    parser.add_argument("prompt", nargs="?", help="what to draw; without it, a free-running document")
+    parser.add_argument("--image", help="a picture to read: writes its caption")
+    parser.add_argument("--out", help="the file to write (default: sample.png, sample.md)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of a free document's text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if args.image and args.prompt:
+        raise InputError("give a prompt to draw or --image to read, not both")
+    system = load_system(args.run, pick_device(args.device))
+    torch.manual_seed(args.seed)
+    settings = {} if args.guidance is None else {"guidance": args.guidance}
+    if args.image:
+        picture = to_signal(read_picture(args.image, system.picture_size[0]))
+        print(system.caption(picture[None])[0])
+        return
+    out = Path(args.out or ("sample.png" if args.prompt else "sample.md"))
+    if not out.parent.is_dir():
+        raise InputError(f'--out: there is no folder "{out.parent}"')
+    try:
+        if args.prompt:
+            save_picture(system.draw([args.prompt], **settings)[0], out)
+        else:
+            document = system.complete([[]], spans=3, temperature=args.temperature, **settings)[0]
+            write_document(document, out)
+            print(" ".join(content if name == "text" else f"[{name}]" for name, content in document))
+    except (OSError, ValueError) as error:
+        raise InputError(f'"{out}" cannot be written ({error})') from None
+    print(f"wrote {out}")
+
+
+def run(main):
+    """Call a command line's main; what the user got wrong is one sentence and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Exact scores of a trained system, on held-out cases, from what it generates alone.
+
+Each score is a share of cases (0..1) with the number of cases beside it (`..._n`):
+
+    generation_exact          caption -> picture that the grader reads as the very scene of the caption
+      ..._one, ..._two          the same by number of things; ..._heldout: with an unseen (shape, colour)
+    caption_exact             picture -> caption that parses to the very scene of the picture
+    boi_rate                  after a caption, and nothing more, the model itself opens a picture
+    reconstruction_exact      what the autoencoder alone lets through: the ceiling of the scores above
+    reconstruction_psnr       of the same pictures, in dB
+
+Your own pictures have no grader: `score_folder` measures captions and reconstructions against the files.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from data import Batches, to_signal
+from worlds import shapes
+
+SETTINGS = {"transfusion": {"steps": 25, "guidance": 3.0},
+            "chameleon": {"guidance": 2.0, "code_temperature": 0.8}}
+
+
+def psnr(a, b):
+    """Mean over pictures of the peak signal-to-noise ratio, in dB, for signals in [-1, 1]."""
+    error = (a - b).square().flatten(1).mean(1).clamp(min=1e-10)
+    return (10 * torch.log10(4 / error)).mean().item()
+
+
+def shape_cases(count, rng, size, **kind):
+    """`count` fresh scenes of a kind -> (scenes, captions, pictures)."""
+    scenes = [shapes.sample(rng, **kind) for _ in range(count)]
+    pictures = np.stack([shapes.render(scene, rng, size) for scene in scenes])
+    return scenes, [shapes.describe(scene, rng) for scene in scenes], torch.from_numpy(pictures)
+
+
+def grade_all(pictures):
+    return [shapes.grade(picture.numpy()) for picture in pictures]
+
+
+def exact(read, scenes):
+    return sum(a == b for a, b in zip(read, scenes)) / len(scenes)
+
+
+def score_reconstruction(autoencoder_roundtrip, count=512, seed=12345, size=32):
+    """Scores of the autoencoder alone; autoencoder_roundtrip: pictures -> pictures."""
+    scenes, _, pictures = shape_cases(count, np.random.default_rng(seed), size)
+    rebuilt = autoencoder_roundtrip(pictures)
+    return {"reconstruction_exact": exact(grade_all(rebuilt), scenes), "reconstruction_exact_n": count,
+            "reconstruction_psnr": psnr(rebuilt, pictures), "reconstruction_psnr_n": count}
+
+
+def score_shapes(system, setting, count=512, seed=12345):
+    """All scores of a system on the shapes world, `count` cases for each.
+
+    Scenes come from a seed that training never uses, so their pictures are new; two-thing scenes and
+    held-out pairs are, nearly always or always, new as scenes too.
+    """
+    size, settings = system.picture_size[0], SETTINGS[setting]
+    scores, total = {}, []
+    torch.manual_seed(seed)
+    for name, kind in (("_one", {"things": 1}), ("_two", {"things": 2}), ("_heldout", {"held_out": True})):
+        scenes, captions, _ = shape_cases(count, np.random.default_rng(seed + len(scores)), size, **kind)
+        scores[f"generation_exact{name}"] = exact(grade_all(system.draw(captions, **settings)), scenes)
+        scores[f"generation_exact{name}_n"] = count
+    scores["generation_exact"] = (scores["generation_exact_one"] + scores["generation_exact_two"]) / 2
+    scores["generation_exact_n"] = 2 * count
+    scenes, captions, pictures = shape_cases(count, np.random.default_rng(seed + 100), size)
+    read = [shapes.parse(caption) for caption in system.caption(pictures)]
+    scores |= {"caption_exact": exact(read, scenes), "caption_exact_n": count}
+    documents = system.complete([[("text", caption)] for caption in captions], spans=0)
+    opened = [document == [("text", caption), ("image", None)]
+              for document, caption in zip(documents, captions)]
+    scores |= {"boi_rate": sum(opened) / count, "boi_rate_n": count}
+    return scores | score_reconstruction(lambda x: system.decode(system.encode(x)), count, seed, size)
+
+
+def score_folder(system, corpus, count=512):
+    """Scores on held-out pictures of your own: a Corpus of pairs."""
+    pairs = [(document[0][1], document[1][1]) for document in corpus.documents][:count]
+    pictures = to_signal(corpus.signals["image"][[number for _, number in pairs]])
+    written = system.caption(pictures)
+    rebuilt = system.decode(system.encode(pictures))
+    right = sum(a == text for a, (text, _) in zip(written, pairs))
+    return {"caption_token_accuracy": token_accuracy(system, corpus), "caption_token_accuracy_n": len(pairs),
+            "caption_exact": right / len(pairs), "caption_exact_n": len(pairs),
+            "reconstruction_psnr": psnr(rebuilt, pictures), "reconstruction_psnr_n": len(pairs)}
+
+
+@torch.no_grad()
+def token_accuracy(system, corpus):
+    """Share of the captions' ids that are the model's first choice, given the picture and the true ids before."""
+    encoded = {"image": system.encode(to_signal(corpus.signals["image"]))}
+    longest = max(len(system.tokenizer.encode(text)) for text in corpus.texts())
+    batches = Batches(corpus, system.tokenizer, system.layout, encoded, system.positions, rows=8,
+                      length=longest + max(system.positions) + 4, read=1.0, drop=0.0)
+    rounds = math.ceil(len(corpus.documents) / 8)
+    shares = [system.model.loss(next(batches).to(system.device))[1]["text_accuracy"] for _ in range(rounds)]
+    return float(torch.stack(shares).mean())
