@@ -1,19 +1,19 @@
 """Chameleon: every modality is discrete tokens in one stream, one transformer, one softmax.
 
-A picture is 64 ids of a VQ-VAE's codes between <boi> and <eoi>. The model is a language model over text and codes
-alike: it learns by next-token prediction, and draws by predicting codes.
+A picture is 64 ids of a VQ-VAE's codes between <boi> and <eoi>. The model is a language model
+over text and codes alike: it learns by next-token prediction, and draws by predicting codes.
 
-Paper: Chameleon Team 2024, "Chameleon: Mixed-Modal Early-Fusion Foundation Models" (arXiv 2405.09818).
-As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) with QK-norm, z-loss 1e-5, and
-generation that allows, at each step, only ids of the modality whose turn it is (Sec. 2.4).
+Paper: Chameleon Team, "Chameleon: Mixed-Modal Early-Fusion Foundation Models" (arXiv 2405.09818).
+As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) with QK-norm, z-loss
+1e-5, and generation that allows, at each step, only ids of the modality in turn (Sec. 2.4).
 As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
-Left out: norm re-ordering and dropout (they matter above 7B parameters), the 34B model's grouped queries.
+Left out: norm re-ordering and dropout (they matter above 7B parameters), the 34B's grouped queries.
 
     python chameleon.py           one real batch, taken apart: seconds, no training
     python train.py chameleon     train it: minutes on a laptop
 
-Symbols: B rows, T positions, D width, H heads, h head width, M modalities, S new positions beside a cache,
-L positions in the cache, V ids of the vocabulary. Masks: True = may attend.
+Symbols: B rows, T positions, D width, H heads, h head width, M modalities, S new positions
+beside a cache, L positions in the cache, V ids of the vocabulary. Masks: True = may attend.
 """
 
 import math
@@ -34,7 +34,7 @@ class ChameleonConfig:
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
 
 
-# --- the idea --------------------------------------------------------------------------------------
+# --- the idea ------------------------------------------------------------------------------------
 
 def attention_mask(document):
     """Causal, never across documents: images are tokens like any others.
@@ -48,7 +48,7 @@ def attention_mask(document):
 
 
 def z_loss(logits):
-    """(log Z)^2 with Z = sum_i exp(logit_i): keeps the logits from drifting (Sec. 2.3); (N, V) -> (N,)."""
+    """(log Z)^2, Z = sum_i exp(logit_i): keeps logits from drifting (Sec. 2.3); (N, V) -> (N,)."""
     return logits.logsumexp(-1).square()
 
 
@@ -56,7 +56,7 @@ def allow(logits, layout, kind, left, room):
     """The modality state machine (Sec. 2.4): mask out every id whose turn it is not.
 
     kind (B,): the modality of the span that is being written, 0 in text; left (B,): codes it still
-    needs; room (B,): positions left in the row. logits (B, V) -> (B, V) with -inf where not allowed.
+    needs; room (B,): positions left in the row. logits (B, V) -> (B, V), -inf where not allowed.
     """
     ids = torch.arange(logits.shape[1], device=logits.device)
     text = (ids < layout.text) | (ids == layout.eos)
@@ -64,7 +64,7 @@ def allow(logits, layout, kind, left, room):
     for m, shape in enumerate(layout.shapes):
         if shape:
             fits = room >= math.prod(shape[1:]) + 2     # its codes and its end, beside its begin
-            allowed = allowed | (fits[:, None] & (ids == layout.begin[m]))
+            allowed = allowed | ((fits & (kind == 0))[:, None] & (ids == layout.begin[m]))
             code = (ids >= layout.codes[m][0]) & (ids < layout.codes[m][1])
             inside = torch.where(left[:, None] > 0, code, ids == layout.end[m])
             allowed = torch.where((kind == m)[:, None], inside, allowed)
@@ -72,14 +72,14 @@ def allow(logits, layout, kind, left, room):
 
 
 def guide(conditional, unconditional, guidance):
-    """Classifier-free guidance: u + s (c - u), so that 1 is no guidance (arXiv 2207.12598, Eq. 6)."""
+    """Classifier-free guidance: u + s (c - u), so 1 is no guidance (arXiv 2207.12598, Eq. 6)."""
     return unconditional + guidance * (conditional - unconditional)
 
 
-# --- layers ----------------------------------------------------------------------------------------
+# --- layers --------------------------------------------------------------------------------------
 
 def rotary(positions, head_width, theta):
-    """Rotary position embedding (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
+    """RoPE (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device) / head_width
     angle = positions[..., None, None] * theta ** -exponent
     return angle.cos(), angle.sin()
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.q_norm = nn.LayerNorm(config.width // config.heads)    # shared by the heads, before RoPE,
+        self.q_norm = nn.LayerNorm(config.width // config.heads)    # shared by heads, before RoPE,
         self.k_norm = nn.LayerNorm(config.width // config.heads)    # as in the released code
         self.out = nn.Linear(config.width, config.width, bias=False)
 
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of all blocks, for B rows of different lengths, up to `size` positions each."""
+    """Keys and values of all blocks, B rows of different lengths, up to `size` positions each."""
 
     def __init__(self, B, size, device):
         self.size, self.kept = size, {}
@@ -160,7 +160,7 @@ class Cache:
         return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
 
     def append(self, layer, k, v):
-        """Write k, v (B, S, H, h) after what each row has; they stay only if `lengths` then grows."""
+        """Write k, v (B, S, H, h) after what each row has; kept only if `lengths` then grows."""
         if layer not in self.kept:
             self.kept[layer] = [k.new_zeros(len(k), self.size, *k.shape[2:]) for _ in "kv"]
         rows = torch.arange(len(k), device=k.device)[:, None]
@@ -169,18 +169,18 @@ class Cache:
         return self.kept[layer]
 
     def mask(self, mask):
-        """The mask among S new positions (B, 1, S, S) -> the mask over all that is kept (B, 1, S, size)."""
+        """The mask among S new positions (B, 1, S, S) -> over all that is kept (B, 1, S, size)."""
         S = mask.shape[-1]
-        j = torch.arange(self.size, device=mask.device) - self.lengths[:, None]     # (B, size)
-        j = j[:, None, None, :].expand(-1, 1, S, -1)                                # (B, 1, S, size)
+        j = torch.arange(self.size, device=mask.device) - self.lengths[:, None]   # (B, size)
+        j = j[:, None, None, :].expand(-1, 1, S, -1)                              # (B, 1, S, size)
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
-# --- model -----------------------------------------------------------------------------------------
+# --- model ---------------------------------------------------------------------------------------
 
 class Chameleon(nn.Module):
     def __init__(self, config, layout):
-        """layout: data.Layout, the id ranges and the shape (C, h, w) of each modality's grid of codes."""
+        """layout: data.Layout, id ranges and the shape (C, h, w) of each modality's codes."""
         super().__init__()
         self.config, self.layout = config, layout
         self.token_embedding = nn.Embedding(layout.size, config.width)
@@ -223,7 +223,7 @@ class Chameleon(nn.Module):
         return self.backbone(x, batch, rope, mask, cache)
 
     def loss(self, batch):
-        """Next-token cross-entropy over the whole stream, and z-loss -> (scalar, {name: scalar})."""
+        """Next-token cross-entropy over the whole stream, z-loss -> (scalar, {name: scalar})."""
         logits = self.head(self(batch)).float().flatten(0, 1)                       # (B T, V)
         targets = batch.targets.flatten()
         counted = (targets >= 0).float()
@@ -240,7 +240,7 @@ class Chameleon(nn.Module):
                 parts[name] = average(error.detach(), code.float())
         return loss, parts
 
-    # --- generate ----------------------------------------------------------------------------------
+    # --- generate --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, prompt, size, spans=1, guidance=2.0, temperature=0.0, code_temperature=1.0):
@@ -260,19 +260,22 @@ class Chameleon(nn.Module):
         cache.lengths += lengths
         self.extend(prompt, null, 1, torch.full_like(tokens[:, :1], self.layout.bos))
         last = tokens.gather(1, lengths[:, None] - 1)[:, 0]                         # (B,)
-        kind, left, drawn, done = self.advance(last, *(torch.zeros_like(last) for _ in range(3)), spans)
+        nothing = torch.zeros_like(last)
+        kind, left, drawn, done = self.advance(last, nothing, nothing, nothing, spans)
         done |= lengths >= size
         while not done.all():
             logits = self.head(hidden[:, -1]).float()                               # (B, V)
-            if guidance != 1 and (kind > 0).any():      # the null branch: <bos> <begin> and the codes so far
+            if guidance != 1 and (kind > 0).any():      # null branch: <bos> <begin>, codes so far
                 null.lengths.masked_fill_(kind == 0, 1)
                 unconditional = self.head(self.extend(prompt, null, kind > 0, last[:, None])[:, -1])
                 guided = guide(logits, unconditional.float(), guidance)
                 logits = torch.where(kind[:, None] > 0, guided, logits)
             logits = allow(logits, self.layout, kind, left, size - lengths)
-            last = torch.where(kind > 0, choose(logits, code_temperature), choose(logits, temperature))
+            last = torch.where(kind > 0, choose(logits, code_temperature),
+                               choose(logits, temperature))
             place = lengths[:, None].clamp(max=size - 1)
-            tokens.scatter_(1, place, torch.where(done, tokens.gather(1, place)[:, 0], last)[:, None])
+            kept = tokens.gather(1, place)[:, 0]
+            tokens.scatter_(1, place, torch.where(done, kept, last)[:, None])
             lengths = lengths + ~done
             hidden = self.extend(prompt, cache, ~done, last[:, None])
             kind, left, drawn, stopped = self.advance(last, kind, left, drawn, spans)
@@ -289,11 +292,12 @@ class Chameleon(nn.Module):
             if shape:
                 opened = (kind == 0) & (last == self.layout.begin[m])
                 stopped = stopped | (opened & (drawn >= spans))
-                kind, left = kind.masked_fill(opened, m), left.masked_fill(opened, self.positions(m))
+                kind = kind.masked_fill(opened, m)
+                left = left.masked_fill(opened, self.positions(m))
         return kind, left, drawn, stopped
 
     def extend(self, prompt, cache, keep, tokens):
-        """Run one more id a row (B, 1) after the cache -> hidden (B, 1, D); rows with `keep` keep it."""
+        """Run one id a row (B, 1) after the cache -> hidden (B, 1, D); rows with `keep` keep it."""
         order = torch.arange(len(tokens), device=tokens.device)
         modality = torch.zeros_like(tokens)
         for m, (first, stop) in enumerate(self.layout.codes):

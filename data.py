@@ -1,15 +1,15 @@
-"""The shared tiny tokenizer, the one document and batch format, toy corpora and a folder of your own files.
+"""The shared tokenizer, the document and batch format, toy corpora and a folder of your own files.
 
-A *document* is a list of segments (modality, content), in any order: text segments hold a string, the
-others the number of a signal in the corpus's table.  A *sequence* is what becomes of it:
+A *document* is a list of segments (modality, content), in any order: text segments hold a string,
+the others the number of a signal in the corpus's table.  A *sequence* is what becomes of it:
 
     [("text", "hi"), ("image", 7)]  ->  <bos> h i <boi> [image positions] <eoi> <eos>
 
-A *batch* packs whole documents, side by side, into rows of one length.  Every position has an id, a
-modality, the number of its span and the number of its document; all four systems read the same batch,
-and differ only in what stands in the positions of a span: ids of codes (Chameleon) or latent vectors
-(Transfusion).  Shapes never change from batch to batch, not even how many positions each modality has,
-so that a model is compiled once.
+A *batch* packs whole documents, side by side, into rows of one length.  Every position has an id,
+a modality, the number of its span and the number of its document; all four systems read the same
+batch, and differ only in what stands in the positions of a span: ids of codes (Chameleon) or latent
+vectors (Transfusion).  Shapes never change from batch to batch, not even how many positions each
+modality has, so that a model is compiled once.
 
 Text ids come first in the vocabulary, then the special tokens, then the codes of each modality.
 """
@@ -36,10 +36,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what it is and what to do."""
 
 
-# --- the tokenizer ---------------------------------------------------------------------------------
+# --- the tokenizer -------------------------------------------------------------------------------
 
 class Layout(NamedTuple):
-    """All that a model needs to know about its sequences: id ranges, and how a span of each modality looks."""
+    """What a model needs to know of its sequences: id ranges, how a span of each modality looks."""
     size: int                   # ids in all: text, special tokens, codes
     text: int                   # ids below this are text
     pad: int
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
     begin: tuple                # by modality: the id that opens a span (begin[0] is unused)
     end: tuple                  # by modality: the id that closes it
     codes: tuple                # by modality: (first, last + 1) of the ids of its codes
-    shapes: tuple               # by modality: (C, h, w) of its encoded signals, None where there are none
+    shapes: tuple               # by modality: (C, h, w) of its encoded signals, None without any
 
 
 class Tokenizer:
@@ -68,7 +68,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, merges=256):
-        """Learn up to `merges` merges of the most frequent neighbours, never across a word's edge."""
+        """Learn up to `merges` merges of the most frequent neighbours, never across words."""
         count = Counter(word for text in texts for word in split_words(text))
         words = {word: tuple(word.encode()) for word in count}
         learned = []
@@ -79,7 +79,7 @@ class Tokenizer:
                     pairs[pair] += count[word]
             if not pairs or max(pairs.values()) < 2:
                 break
-            best = max(pairs, key=lambda pair: (pairs[pair], pair))     # ties are broken the same way
+            best = max(pairs, key=lambda pair: (pairs[pair], pair))     # ties break the same way
             learned.append(best)
             words = {word: merge(ids, best, new) for word, ids in words.items()}
         return cls(learned)
@@ -100,7 +100,8 @@ class Tokenizer:
     def decode(self, ids):
         """Text ids -> str; special tokens are written by their names, broken UTF-8 as U+FFFD."""
         names = {i: name.encode() for name, i in self.special.items()}
-        return b"".join(names[i] if i in names else self.pieces[i] for i in ids).decode(errors="replace")
+        pieces = (names[i] if i in names else self.pieces[i] for i in ids)
+        return b"".join(pieces).decode(errors="replace")
 
     def layout(self, shapes, codes):
         """shapes {modality name: (C, h, w)}, codes {modality name: K} -> Layout."""
@@ -116,7 +117,7 @@ class Tokenizer:
 
 
 def split_words(text):
-    """Words with the space before them, runs of punctuation, single white space: all of the text."""
+    """Words with the space before them, runs of punctuation, single white space: all the text."""
     return re.findall(r" ?\w+(?:-\w+)*| ?[^\w\s]+|\s", text)
 
 
@@ -133,7 +134,7 @@ def merge(ids, pair, new):
     return tuple(merged)
 
 
-# --- documents -------------------------------------------------------------------------------------
+# --- documents -----------------------------------------------------------------------------------
 
 class Corpus(NamedTuple):
     documents: list             # of documents: [(modality name, str or number of the signal), ...]
@@ -177,7 +178,7 @@ def shapes_corpus(rng, pictures=40_000, size=32):
 
 
 def folder_corpus(folder, size=32, held_out=0.1):
-    """A folder of pictures with `metadata.jsonl` (Hugging Face ImageFolder) -> (train, held-out) Corpus.
+    """A folder with `metadata.jsonl` (Hugging Face ImageFolder) -> (train, held-out) Corpus.
 
     Each line is {"file_name": "0001.png", "text": "its caption"}. Pictures are cut to their middle
     square and resized. Raises InputError naming the file and line of whatever cannot be used.
@@ -189,8 +190,12 @@ def folder_corpus(folder, size=32, held_out=0.1):
     if not metadata.is_file():
         raise InputError(f'--data: "{folder}" has no metadata.jsonl; write one line per picture: '
                          '{"file_name": "0001.png", "text": "its caption"}')
+    try:
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{metadata}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     pairs = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             name, text = parse_metadata(line, f"{metadata}, line {number}")
             try:
@@ -199,8 +204,8 @@ def folder_corpus(folder, size=32, held_out=0.1):
                 raise InputError(f"{metadata}, line {number}: {error}") from None
             pairs.append((text, pixels))
     if len(pairs) < 2:
-        raise InputError(f'--data: "{metadata}" names {len(pairs)} pictures; at least 2 are needed, '
-                         "one to learn from and one to be tested on")
+        raise InputError(f'--data: "{metadata}" names {len(pairs)} pictures; at least 2 are '
+                         "needed, one to learn from and one to be tested on")
     shuffled = np.random.default_rng(0).permutation(len(pairs))     # the same split in every run
     test = min(max(1, int(len(pairs) * held_out)), 512)
     return tuple(Corpus([[("text", pairs[i][0]), ("image", n)] for n, i in enumerate(part)],
@@ -217,6 +222,8 @@ def parse_metadata(line, where):
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str)
                                               for key in ("file_name", "text")):
         raise InputError(f'{where}: needs "file_name" and "text", both strings: {line[:60]}')
+    if entry["text"].encode(errors="replace").decode() != entry["text"]:
+        raise InputError(f"{where}: its text is not valid Unicode: {line[:60]}")
     return entry["file_name"], entry["text"]
 
 
@@ -227,21 +234,25 @@ def read_picture(path, size):
         raise InputError(f'there is no picture "{path}"')
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I"):            # 16 bits of grey
+                picture = picture.point(lambda value: value / 256).convert("L")
             picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError,
+            OSError, SyntaxError, ValueError) as error:
         raise InputError(f'"{path}" cannot be read as a picture ({error})') from None
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB")
     picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(picture, np.uint8).transpose(2, 0, 1)
+    return np.array(picture, np.uint8).transpose(2, 0, 1)
 
 
-# --- batches ---------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    r"""One packed batch of B rows, T positions each. `sizes` and every shape are the same for all batches.
+    r"""One packed batch of B rows, T positions each. `sizes` and shapes are the same in every one.
 
     Two documents in a row of 14, with a tokenizer of bare bytes (so h is 104, i is 105, <pad> 256,
-    <bos> 257, <eos> 258, <boi> 259, <eoi> 260) and pictures of 4 positions; their codes are 265, 266, ...
+    <bos> 257, <eos> 258, <boi> 259, <eoi> 260) and pictures of 4 positions; codes begin at 265.
 
     >>> batch = example()
     >>> print(*batch.tokens[0].tolist())
@@ -258,16 +269,16 @@ class Batch(NamedTuple):
     0 1 2 3 8 9 10 11 12 13 4 5 6 7 (10, 4, 0, 0)
     """
     tokens: torch.Tensor        # (B, T) int64; <pad> where a latent stands
-    targets: torch.Tensor       # (B, T) int64: the next id of the document, IGNORE where there is none
-    modality: torch.Tensor      # (B, T) int64: 0 text (and special tokens), 1 image, 2 audio, 3 video
-    span: torch.Tensor          # (B, T) int64: 1, 2, ... in each row for the positions of a span, else 0
+    targets: torch.Tensor       # (B, T) int64: the document's next id, IGNORE where there is none
+    modality: torch.Tensor      # (B, T) int64: 0 text and special tokens, 1 image, 2 audio, 3 video
+    span: torch.Tensor          # (B, T) int64: 1, 2, ... in each row for a span's positions, else 0
     document: torch.Tensor      # (B, T) int64: 1, 2, ... in each row, 0 for padding
-    order: torch.Tensor         # (B * T,) int64: all positions, sorted by modality, padding last in each
+    order: torch.Tensor         # (B * T,) int64: positions sorted by modality, padding last in each
     inverse: torch.Tensor       # (B * T,) int64: undoes it
     sizes: tuple                # by modality: how many positions it has (static)
-    signals: tuple              # by modality: its encoded signals (spans, C, h, w), or None; in `order`
+    signals: tuple              # by modality: encoded signals (spans, C, h, w), or None; in `order`
     real: tuple                 # by modality: (spans,) float, 0.0 for the padding among them
-    shown: tuple                # by modality: (spans,) bool: opens its document, so its words follow it
+    shown: tuple                # by modality: (spans,) bool: opens its document, so words follow it
 
     def to(self, device):
         return Batch(*(tuple(_to(x, device) for x in field) if isinstance(field, tuple)
@@ -284,22 +295,41 @@ def tokenize(document, tokenizer):
              if name == "text" else content) for name, content in document]
 
 
+def good_length(lengths, step=32):
+    """The shortest row, in steps of 32, that documents of these lengths fill to 93 %, or nearly."""
+    rng, fills = np.random.default_rng(0), {}
+    sample = rng.choice(lengths, 400).tolist()
+    first = step * math.ceil(max(lengths) / step)
+    for row in range(first, 4 * first + 1, step):
+        free = []
+        for length in sorted(sample, reverse=True):
+            fitting = [room for room in free if room >= length]
+            if fitting:
+                free[free.index(min(fitting))] -= length
+            else:
+                free.append(row - length)
+        fills[row] = sum(sample) / (row * len(free))
+        if fills[row] >= 0.93:
+            return row
+    return max(fills, key=fills.get)
+
+
 def measure(document, positions):
-    """Positions that a tokenized document takes, with <bos>, <eos> and the brackets of its spans."""
+    """Positions a tokenized document takes, with <bos>, <eos> and the brackets of its spans."""
     return 2 + sum(len(content) if kind == 0 else positions[kind] + 2 for kind, content in document)
 
 
 class Batches:
-    """An endless stream of packed batches, a function of its seed alone; `state` tells where it stands.
+    """An endless stream of packed batches, a function of its seed alone; `state`: where it stands.
 
-    encoded   {modality name: codes (N, h, w) int64 or latents (N, C, h, w)}, in the corpus's numbering
+    encoded   {modality name: codes (N, h, w) int64 or latents (N, C, h, w)}, in the corpus's order
     positions positions of one span, by modality
-    Of the two-segment documents with the text first, a share `read` is turned around (the picture
-    first: the model learns to read it) and in a share `drop` the text is left out (the null branch of guidance).
+    Of the two-segment documents with text first, a share `read` is turned around (picture first:
+    the model learns to read it); a share `drop` goes without its text (guidance's null branch).
     """
 
     def __init__(self, corpus, tokenizer, layout, encoded, positions, rows, length, seed=0,
-                 read=0.2, drop=0.1):
+                 read=0.4, drop=0.1):
         self.layout, self.encoded = layout, encoded
         self.rows, self.length, self.seed, self.read, self.drop = rows, length, seed, read, drop
         self.positions = positions
@@ -309,16 +339,17 @@ class Batches:
             text = corpus.documents[int(np.argmax(lengths))][0][1]
             raise InputError(f"a document needs {max(lengths)} positions, a sequence has {length}: "
                              f'shorten its text ("{str(text)[:50]}...") or raise --context')
-        per_batch = 0.98 * rows * length / np.mean(lengths)         # documents that will fit, about
-        self.spans = [math.ceil(per_batch * np.mean([sum(m == kind for m, _ in document)
-                                                     for document in self.documents]))
-                      if self.positions[kind] else 0 for kind in range(len(MODALITIES))]
+        self.orders, self.spans, self.state = {}, None, {"drawn": 0, "held": []}
+        trials = [self.fill() for _ in range(8)]    # how many spans of each modality fit a batch
+        self.spans = [round(sum(kind and m == kind for rows in trials for documents in rows
+                                for document in documents for m, _ in document) / len(trials))
+                      for kind in range(len(MODALITIES))]
         self.state = {"drawn": 0, "held": []}
 
     def draw(self, number):
-        """The document drawn as number 0, 1, 2, ...: each once an epoch, in an order of that epoch."""
+        """The document drawn as number 0, 1, 2, ...: each once an epoch, in that epoch's order."""
         epoch, place = divmod(number, len(self.documents))
-        document = self.documents[self._shuffled(epoch)[place]]
+        document = self.documents[self.shuffled(epoch)[place]]
         if len(document) == 2 and document[0][0] == 0:
             chance = np.random.default_rng((self.seed, epoch, place)).random()
             if chance < self.read:
@@ -327,16 +358,22 @@ class Batches:
                 return document[1:]
         return document
 
-    @functools.lru_cache(maxsize=2)
-    def _shuffled(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+    def shuffled(self, epoch):
+        """The order of an epoch, kept for the next call."""
+        if epoch not in self.orders:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+            self.orders = {**dict(list(self.orders.items())[-2:]), epoch: order}
+        return self.orders[epoch]
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        """Fill the rows, each document where it leaves the least room; what does not fit waits its turn."""
-        free, wanted = [self.length] * self.rows, list(self.spans)
+        return pack(self.fill(), self.length, self.layout, self.positions, self.encoded, self.spans)
+
+    def fill(self):
+        """Rows of documents, each where it leaves least room, up to `spans`; the others wait."""
+        free, wanted = [self.length] * self.rows, list(self.spans or [10 ** 9] * len(MODALITIES))
         total, rows = self.rows * self.length, [[] for _ in range(self.rows)]
         waiting, held, misses = list(self.state["held"]), [], 0
         while misses < 32:
@@ -347,8 +384,9 @@ class Batches:
                 self.state["drawn"] += 1
             document = self.draw(number)
             need = measure(document, self.positions)
-            left = [w - sum(kind == m for kind, _ in document) if m else 0 for m, w in enumerate(wanted)]
-            reserved = sum(w * p for w, p in zip(left, self.positions))
+            left = [w - sum(kind == m for kind, _ in document) if m else 0
+                    for m, w in enumerate(wanted)]
+            reserved = sum(w * p for w, p in zip(left, self.positions)) if self.spans else 0
             fitting = [f for f in free if f >= need]
             if not fitting or min(left) < 0 or total - need < reserved:
                 held.append(number)
@@ -359,14 +397,14 @@ class Batches:
             free[row] -= need
             total, wanted = total - need, left
         self.state["held"] = held + waiting
-        return pack(rows, self.length, self.layout, self.positions, self.encoded, self.spans)
+        return rows
 
 
 def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
     """Lists of documents, a list for each row, -> Batch.
 
-    spans: by modality, how many there shall be (as many as there are, if None): padding makes up for those
-    that are missing. finished=False leaves out <eos>; then a span without a signal, (kind, None), is only opened.
+    spans: by modality, how many there shall be (None: those there are); padding makes up the rest.
+    finished=False leaves out <eos>; then a span without a signal, (kind, None), is only opened.
     """
     shape = len(rows), length
     tokens = np.full(shape, layout.pad, np.int64)
@@ -399,7 +437,7 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
     spans = spans or [len(numbers) for numbers in signals]
     real = tuple(torch.arange(count) < len(numbers) for count, numbers in zip(spans, signals))
     padding = np.flatnonzero(owner.ravel() == 0)
-    for kind, count in enumerate(spans):        # padding takes the modalities that make the counts static
+    for kind, count in enumerate(spans):        # padding takes modalities so that counts are static
         missing = count - len(signals[kind])
         signals[kind] += [0] * missing
         shown[kind] += [False] * missing
@@ -427,16 +465,16 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
 
 
 def pack_prompts(documents, tokenizer, layout, positions, encoded):
-    """Open documents [(modality name, str, number of a signal, or None to be drawn), ...], one a row, -> Batch."""
+    """Open documents [(name, str, a signal's number or None: to draw), ...], one a row -> Batch."""
     rows = [[tokenize(document, tokenizer)] for document in documents]
     length = max(measure(document, positions) for row in rows for document in row)
     return pack(rows, length, layout, positions, encoded, finished=False)
 
 
 def unpack(tokens, latents, layout, tokenizer):
-    """What `generate` returned for one row, as a document: strings, and codes or latents as tensors.
+    """What `generate` returned for a row, as a document: strings, and codes or latents as tensors.
 
-    tokens (T,), from where the new part begins; latents, by modality, those that were drawn (spans, C, h, w).
+    tokens (T,), from where the new part begins; latents, by modality, those drawn (spans, C, h, w).
     A span that was only opened holds None.
     """
     document, text, drawn = [], [], [0] * len(MODALITIES)

@@ -1,21 +1,21 @@
 """Mixture-of-Transformers (MoT): every weight untied by modality, attention still global.
 
-A dense transformer with one change: each norm, projection and feed-forward has one copy per modality, and a
-position uses the copy of its own. Keys and values of all modalities meet in one attention. Twice the
-parameters for two modalities, and exactly the FLOPs of the dense model.
+A dense transformer with one change: each norm, projection and feed-forward has one copy per
+modality, and a position uses the copy of its own. Keys and values of all modalities meet in one
+attention. Twice the parameters for two modalities, and exactly the FLOPs of the dense model.
 
 Paper: Liang et al. 2024, "Mixture-of-Transformers" (arXiv 2411.04996), Algorithm 1.
-As in the paper: all non-embedding weights untied, deterministic routing by modality, one global softmax
-attention; and it plugs into both of its settings, Chameleon (discrete) and Transfusion (continuous).
-Simplified: nothing to route by (no balancing loss, no capacity), so nothing is left out but the kernels.
+As in the paper: all non-embedding weights untied, deterministic routing by modality, one global
+softmax attention; and both of its settings, Chameleon (discrete) and Transfusion (continuous).
+Simplified: nothing to route by (no balancing loss, no capacity), so only the kernels are left out.
 Positions are sorted by modality once a batch, so that each copy multiplies one contiguous block.
 
     python mot.py                               one real batch, taken apart: seconds, no training
     python train.py mot                         train it inside Transfusion: minutes on a laptop
     python train.py mot --setting chameleon     train it inside Chameleon
 
-Symbols: B rows, T positions, N = B * T positions sorted by modality, D width, H heads, h head width,
-M modalities. Masks: True = may attend.
+Symbols: B rows, T positions, N = B * T positions sorted by modality, D width, H heads, h head
+width, M modalities. Masks: True = may attend.
 """
 
 import copy
@@ -27,16 +27,16 @@ import torch.nn as nn
 from chameleon import Chameleon
 from transfusion import Transfusion, TransfusionConfig, attend, rotate
 
-# --- the idea --------------------------------------------------------------------------------------
+# --- the idea ------------------------------------------------------------------------------------
 
 
 class Untied(nn.Module):
-    """A module with one copy per tower. Positions arrive sorted by modality; each block of them goes
-    through the copy of its modality, so no position is ever multiplied by another modality's weights.
+    """A module with one copy per tower. Positions arrive sorted by modality; each block of them
+    goes through the copy of its modality, so no position ever meets another modality's weights.
     """
 
     def __init__(self, module, towers):
-        """towers: by modality, the number of its copy; (0, 1, 2, 2) lets audio and video share one."""
+        """towers: by modality, its copy's number; in (0, 1, 2, 2) audio and video share one."""
         super().__init__()
         self.towers = towers
         self.copies = nn.ModuleList(copy.deepcopy(module) for _ in range(max(towers) + 1))
@@ -48,7 +48,7 @@ class Untied(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """x[order] for a permutation. Its gradient is grad[inverse], where indexing would scatter and add."""
+    """x[order] for a permutation. Its gradient is grad[inverse]; indexing would scatter and add."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -61,7 +61,7 @@ class Permute(torch.autograd.Function):
         return grad[inverse], None, None
 
 
-# --- layers: those of the host, untied -------------------------------------------------------------
+# --- layers: those of the host, untied -----------------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, dense, towers):
@@ -77,16 +77,16 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, sizes).view(N, 3, self.heads, D // self.heads).unbind(1)  # line 5
         q, k = self.q_norm(q, sizes), self.k_norm(k, sizes)                         # (N, H, h)
         q, k, v = (Permute.apply(y, batch.inverse, batch.order).view(B, S, self.heads, -1)
-                   for y in (q, k, v))                          # line 7: back in the order of the sequence
+                   for y in (q, k, v))                          # line 7: back in sequence order
         q, k = rotate(q, rope), rotate(k, rope)                                     # (B, S, H, h)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        x = attend(q, k, v, mask).flatten(0, 1)                 # line 8: one attention over everything
+        x = attend(q, k, v, mask).flatten(0, 1)                 # line 8: one attention over all
         return self.out(Permute.apply(x, batch.order, batch.inverse), sizes)        # line 10
 
 
 class Block(nn.Module):
-    """A dense block of the host with its parts untied; `untie` names which: norm, attention, ffn."""
+    """A dense block of the host, its parts untied; `untie` names which: norm, attention, ffn."""
 
     def __init__(self, dense, towers, untie):
         super().__init__()
@@ -102,7 +102,7 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x, batch.sizes), batch.sizes)
 
 
-# --- model: a host with its blocks untied ----------------------------------------------------------
+# --- model: a host with its blocks untied --------------------------------------------------------
 
 class MixtureOfTransformers:
     """Mixed into a host, replaces its blocks; embeddings, losses and generation stay the host's.
@@ -126,7 +126,7 @@ class MixtureOfTransformers:
         return Permute.apply(self.norm(x, batch.sizes), batch.inverse, batch.order).view(shape)
 
     def copy_from_dense(self, dense):
-        """Every tower becomes a copy of the dense model, which this model then equals (LMFusion's start)."""
+        """Every tower becomes a copy of the dense model, so this equals it (LMFusion's start)."""
         weights = dense.state_dict()
         self.load_state_dict({name: weights[re.sub(r"\.copies\.\d+", "", name)]
                               for name in self.state_dict()})

@@ -1,10 +1,10 @@
 """Talk to a trained checkpoint: a prompt becomes a picture, a picture becomes a caption.
 
-    python sample.py runs/mot "a large red circle in the centre on white."     writes a picture
-    python sample.py runs/mot --image picture.png                               writes a caption
-    python sample.py runs/mot                                                   writes a free document
+    python sample.py runs/mot "a large red circle in the centre on white."   writes a picture
+    python sample.py runs/mot --image picture.png                            writes a caption
+    python sample.py runs/mot                                                writes a free document
 
-Without a prompt the model decides itself what comes next, words or a picture, until it ends the document.
+Without a prompt the model decides what comes next, words or a picture, until it ends the document.
 """
 
 import argparse
@@ -13,16 +13,15 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from chameleon import Chameleon, ChameleonConfig
-from data import MODALITIES, InputError, Tokenizer, pack_prompts, read_picture, to_bytes, to_signal, unpack
+from data import InputError, Tokenizer, pack_prompts, read_picture, to_bytes, to_signal, unpack
 from mot import MoTChameleon, MoTTransfusion
 from transfusion import Transfusion, TransfusionConfig
 from vqvae import VQVAE, VQVAEConfig
 
-FORMAT = 1                  # of checkpoints; raised when an older reader could no longer understand them
+FORMAT = 1                  # of checkpoints; raised when an older reader no longer understands them
 
 # (architecture, setting) -> the model, its config, and the bottleneck of the autoencoder it reads
 MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
@@ -32,7 +31,7 @@ MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
 
 
 class System:
-    """A model with its tokenizer and autoencoder: documents with words and pictures in, the same out."""
+    """A model with its tokenizer and autoencoder: words and pictures in, words and pictures out."""
 
     def __init__(self, model, autoencoder, tokenizer, device="cpu"):
         self.model, self.autoencoder = model.eval(), autoencoder.eval()
@@ -53,9 +52,9 @@ class System:
             return self.autoencoder.decode(encoded.to(self.device)).cpu()
 
     def complete(self, prompts, spans=1, new_text=64, batch=128, **settings):
-        """Go on with each prompt: [("text", str) | ("image", picture) | ("image", None: to be drawn), ...].
+        """Go on with prompts [("text", str) | ("image", picture) | ("image", None: to draw), ...].
 
-        Returns whole documents, pictures as (3, H, W) tensors. A picture that the model began, but that
+        Returns whole documents, pictures as (3, H, W) tensors. A picture that the model began, but
         `spans` did not let it draw, is None. `settings` go to the model's `generate`.
         """
         documents = []
@@ -88,7 +87,8 @@ class System:
 
     def _decode(self, documents, prompts):
         """Replace the codes or latents of drawn spans by pictures, all at once."""
-        places = [(i, k) for i, document in enumerate(documents) for k, (name, content) in enumerate(document)
+        places = [(i, k) for i, document in enumerate(documents)
+                  for k, (name, content) in enumerate(document)
                   if name != "text" and content is not None and k >= len(prompts[i]) - 1
                   and not any(content is part[1] for part in prompts[i])]
         if places:
@@ -106,11 +106,13 @@ class System:
 
     def caption(self, pictures, **settings):
         """Pictures (N, 3, H, W) -> captions."""
-        documents = self.complete([[("image", picture)] for picture in pictures], spans=0, **settings)
-        return ["".join(part for name, part in document if name == "text") for document in documents]
+        documents = self.complete([[("image", picture)] for picture in pictures],
+                                  spans=0, **settings)
+        return ["".join(part for name, part in document if name == "text")
+                for document in documents]
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ---------------------------------------------------------------------------------
 
 def build(arch, setting, config, layout, mot=None):
     """The model of an architecture; `mot`: what only mot.py asks for (towers, untie)."""
@@ -132,8 +134,14 @@ def load_checkpoint(path):
     if not isinstance(saved, dict) or "format" not in saved:
         raise InputError(f'"{path}" is not a checkpoint of this project')
     if saved["format"] > FORMAT:
-        raise InputError(f'"{path}" has format {saved["format"]}, newer than this code knows ({FORMAT}): '
-                         "update the code")
+        raise InputError(f'"{path}" has format {saved["format"]}, newer than this code knows '
+                         f"({FORMAT}): update the code")
+    wanted = ["arch", "autoencoder"]
+    if saved.get("arch") != "vqvae":
+        wanted += ["setting", "config", "mot", "merges", "ema"]
+    missing = [name for name in wanted if name not in saved]
+    if missing:
+        raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint')
     return saved
 
 
@@ -160,23 +168,26 @@ def load_system(path, device="cpu"):
     """A trained model, ready to talk."""
     saved = load_checkpoint(path)
     if saved["arch"] == "vqvae":
-        raise InputError(f'"{path}" is an autoencoder; sample.py talks to chameleon, transfusion and mot')
+        raise InputError(f'"{path}" is an autoencoder; '
+                         "sample.py talks to chameleon, transfusion and mot")
     tokenizer, autoencoder = Tokenizer(saved["merges"]), load_autoencoder(saved["autoencoder"])
-    model = build(saved["arch"], saved["setting"], saved["config"], layout_of(tokenizer, autoencoder),
-                  saved["mot"])
+    model = build(saved["arch"], saved["setting"], saved["config"],
+                  layout_of(tokenizer, autoencoder), saved["mot"])
     model.load_state_dict(saved["ema"])
     return System(model.to(device), autoencoder.to(device), tokenizer, device)
 
 
-# --- the machine -----------------------------------------------------------------------------------
+# --- the machine ---------------------------------------------------------------------------------
 
 def pick_device(name):
     """auto, cpu, cuda or mps -> torch.device; InputError where the machine has none such."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if not available[name]:
-        raise InputError(f"--device {name}: this machine has none that torch can use; try --device auto")
+        raise InputError(f"--device {name}: this machine has none that torch can use; "
+                         "try --device auto")
     return torch.device(name)
 
 
@@ -186,7 +197,7 @@ def precision(device):
 
 
 def fast_bf16(device, known={}):
-    """Whether bf16 matrix products are worth it; on a CPU that is measured, once, in a few milliseconds."""
+    """Whether bf16 matrix products are worth it; on a CPU measured, once, in a few milliseconds."""
     if device.type not in known:
         if device.type == "cpu":
             seconds = {}
@@ -203,7 +214,7 @@ def fast_bf16(device, known={}):
     return known[device.type]
 
 
-# --- command line ----------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 def save_picture(picture, path, scale=8):
     """(3, H, W) in [-1, 1] -> a PNG or JPEG file, enlarged so that its pixels can be seen."""
@@ -235,7 +246,8 @@ def arguments():
     parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, or its checkpoint.pt")
-    parser.add_argument("prompt", nargs="?", help="what to draw; without it, a free-running document")
+    parser.add_argument("prompt", nargs="?",
+                        help="what to draw; without it, a free-running document")
     parser.add_argument("--image", help="a picture to read: writes its caption")
     parser.add_argument("--out", help="the file to write (default: sample.png, sample.md)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
@@ -257,15 +269,16 @@ def main():
         print(system.caption(picture[None])[0])
         return
     out = Path(args.out or ("sample.png" if args.prompt else "sample.md"))
-    if not out.parent.is_dir():
-        raise InputError(f'--out: there is no folder "{out.parent}"')
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f'--out: "{out}" is not a file in a folder that exists')
     try:
         if args.prompt:
             save_picture(system.draw([args.prompt], **settings)[0], out)
         else:
             document = system.complete([[]], spans=3, temperature=args.temperature, **settings)[0]
             write_document(document, out)
-            print(" ".join(content if name == "text" else f"[{name}]" for name, content in document))
+            print(" ".join(content if name == "text" else f"[{name}]"
+                           for name, content in document))
     except (OSError, ValueError) as error:
         raise InputError(f'"{out}" cannot be written ({error})') from None
     print(f"wrote {out}")

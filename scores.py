@@ -2,14 +2,15 @@
 
 Each score is a share of cases (0..1) with the number of cases beside it (`..._n`):
 
-    generation_exact          caption -> picture that the grader reads as the very scene of the caption
-      ..._one, ..._two          the same by number of things; ..._heldout: with an unseen (shape, colour)
-    caption_exact             picture -> caption that parses to the very scene of the picture
+    generation_exact          caption -> picture that the grader reads as the caption's very scene
+      ..._one, ..._two          the same by number of things; ..._heldout: an unseen (shape, colour)
+    caption_exact             picture -> caption that parses to the picture's very scene
     boi_rate                  after a caption, and nothing more, the model itself opens a picture
-    reconstruction_exact      what the autoencoder alone lets through: the ceiling of the scores above
+    reconstruction_exact      what the autoencoder alone lets through: the ceiling of those above
     reconstruction_psnr       of the same pictures, in dB
 
-Your own pictures have no grader: `score_folder` measures captions and reconstructions against the files.
+Your own pictures have no grader: `score_folder` measures captions and reconstructions against
+the files.
 """
 
 import math
@@ -49,24 +50,29 @@ def score_reconstruction(autoencoder_roundtrip, count=512, seed=12345, size=32):
     """Scores of the autoencoder alone; autoencoder_roundtrip: pictures -> pictures."""
     scenes, _, pictures = shape_cases(count, np.random.default_rng(seed), size)
     rebuilt = autoencoder_roundtrip(pictures)
-    return {"reconstruction_exact": exact(grade_all(rebuilt), scenes), "reconstruction_exact_n": count,
+    return {"reconstruction_exact": exact(grade_all(rebuilt), scenes),
+            "reconstruction_exact_n": count,
             "reconstruction_psnr": psnr(rebuilt, pictures), "reconstruction_psnr_n": count}
 
 
 def score_shapes(system, setting, count=512, seed=12345):
     """All scores of a system on the shapes world, `count` cases for each.
 
-    Scenes come from a seed that training never uses, so their pictures are new; two-thing scenes and
-    held-out pairs are, nearly always or always, new as scenes too.
+    Scenes come from a seed that training never uses, so their pictures are new; two-thing scenes
+    and held-out pairs are, nearly always or always, new as scenes too.
     """
     size, settings = system.picture_size[0], SETTINGS[setting]
-    scores, total = {}, []
+    scores = {}
     torch.manual_seed(seed)
-    for name, kind in (("_one", {"things": 1}), ("_two", {"things": 2}), ("_heldout", {"held_out": True})):
-        scenes, captions, _ = shape_cases(count, np.random.default_rng(seed + len(scores)), size, **kind)
-        scores[f"generation_exact{name}"] = exact(grade_all(system.draw(captions, **settings)), scenes)
+    for name, kind in (("_one", {"things": 1}), ("_two", {"things": 2}),
+                       ("_heldout", {"held_out": True})):
+        rng = np.random.default_rng(seed + len(scores))
+        scenes, captions, _ = shape_cases(count, rng, size, **kind)
+        read = grade_all(system.draw(captions, **settings))
+        scores[f"generation_exact{name}"] = exact(read, scenes)
         scores[f"generation_exact{name}_n"] = count
-    scores["generation_exact"] = (scores["generation_exact_one"] + scores["generation_exact_two"]) / 2
+    scores["generation_exact"] = (scores["generation_exact_one"]
+                                  + scores["generation_exact_two"]) / 2
     scores["generation_exact_n"] = 2 * count
     scenes, captions, pictures = shape_cases(count, np.random.default_rng(seed + 100), size)
     read = [shapes.parse(caption) for caption in system.caption(pictures)]
@@ -75,7 +81,8 @@ def score_shapes(system, setting, count=512, seed=12345):
     opened = [document == [("text", caption), ("image", None)]
               for document, caption in zip(documents, captions)]
     scores |= {"boi_rate": sum(opened) / count, "boi_rate_n": count}
-    return scores | score_reconstruction(lambda x: system.decode(system.encode(x)), count, seed, size)
+    return scores | score_reconstruction(lambda x: system.decode(system.encode(x)),
+                                         count, seed, size)
 
 
 def score_folder(system, corpus, count=512):
@@ -85,18 +92,20 @@ def score_folder(system, corpus, count=512):
     written = system.caption(pictures)
     rebuilt = system.decode(system.encode(pictures))
     right = sum(a == text for a, (text, _) in zip(written, pairs))
-    return {"caption_token_accuracy": token_accuracy(system, corpus), "caption_token_accuracy_n": len(pairs),
+    return {"caption_token_accuracy": token_accuracy(system, corpus),
+            "caption_token_accuracy_n": len(pairs),
             "caption_exact": right / len(pairs), "caption_exact_n": len(pairs),
             "reconstruction_psnr": psnr(rebuilt, pictures), "reconstruction_psnr_n": len(pairs)}
 
 
 @torch.no_grad()
 def token_accuracy(system, corpus):
-    """Share of the captions' ids that are the model's first choice, given the picture and the true ids before."""
+    """Share of caption ids that are the model's first choice, given picture and true ids before."""
     encoded = {"image": system.encode(to_signal(corpus.signals["image"]))}
     longest = max(len(system.tokenizer.encode(text)) for text in corpus.texts())
     batches = Batches(corpus, system.tokenizer, system.layout, encoded, system.positions, rows=8,
                       length=longest + max(system.positions) + 4, read=1.0, drop=0.0)
     rounds = math.ceil(len(corpus.documents) / 8)
-    shares = [system.model.loss(next(batches).to(system.device))[1]["text_accuracy"] for _ in range(rounds)]
+    shares = [system.model.loss(next(batches).to(system.device))[1]["text_accuracy"]
+              for _ in range(rounds)]
     return float(torch.stack(shares).mean())

@@ -1,4 +1,4 @@
-"""Everything made for people's eyes: loss curves, sheets of samples, transcripts, tours of a model."""
+"""What is made for people's eyes: loss curves, sheets of samples, transcripts, tours of a model."""
 
 import json
 import textwrap
@@ -11,8 +11,9 @@ from worlds import shapes
 
 QUARTERS = ("t < 1/4 (little noise)", "1/4 to 1/2", "1/2 to 3/4", "t > 3/4 (mostly noise)")
 EXPLAINED = {"text": "text: cross-entropy, nats per token", "image": "image",
-             "reconstruction": "reconstruction: mean squared error", "kl": "KL, nats per latent element",
-             "commitment": "commitment: squared distance to the code", "perplexity": "codes: perplexity",
+             "reconstruction": "reconstruction: mean squared error",
+             "kl": "KL, nats per latent element", "perplexity": "codes: perplexity",
+             "commitment": "commitment: squared distance to the code",
              "log_z_squared": "(log Z)^2, held down by the z-loss"}
 
 
@@ -34,9 +35,9 @@ def curves(metrics_path, out, title):
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axis, names in zip(axes[0], panels):
         for name in names:
-            steps, values = zip(*[(row["step"], row[name]) for row in rows
-                                  if row.get(name) is not None])
-            axis.plot(steps, values, label=QUARTERS[int(name[-1])] if names is noise else name)
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot([step for step, _ in points], [value for _, value in points],
+                      label=QUARTERS[int(name[-1])] if names is noise else name)
         axis.set_title("image: diffusion loss by noise level" if names is noise
                        else EXPLAINED.get(names[0], names[0]), fontsize=10)
         axis.set_xlabel("step")
@@ -72,11 +73,12 @@ def verdict(scene, wanted):
 
 
 def sheet(system, settings, out, title, corpus=None, count=8, seed=7):
-    """prompt, true and generated picture, and what the grader reads; then picture and generated caption."""
+    """prompt, true and generated picture, what the grader reads; then picture and its caption."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     if corpus is None:
-        scenes = [shapes.sample(rng, things=1 + i % 2, held_out=i >= count - 2) for i in range(count)]
+        scenes = [shapes.sample(rng, things=1 + i % 2, held_out=i >= count - 2)
+                  for i in range(count)]
         texts = [shapes.describe(scene, rng) for scene in scenes]
         true = torch.from_numpy(np.stack([shapes.render(scene, rng, system.picture_size[0])
                                           for scene in scenes]))
@@ -124,7 +126,7 @@ def reconstructions(pictures, rebuilt, out, title):
     pyplot.close(figure)
 
 
-# --- tours: what `python mot.py` and the others print ------------------------------------------------
+# --- tours: what `python mot.py` and the others print --------------------------------------------
 
 def demo_pictures(count, seed=0):
     """`count` pictures of the shapes world, (count, 3, 32, 32) in [-1, 1]."""
@@ -132,7 +134,7 @@ def demo_pictures(count, seed=0):
 
 
 def demo(bottleneck):
-    """A real batch of the shapes world and its layout; the autoencoder that encoded it is untrained."""
+    """A real batch of the shapes world and its layout; the autoencoder behind it is untrained."""
     from sample import layout_of
     from vqvae import VQVAE, VQVAEConfig
     torch.manual_seed(0)
@@ -150,7 +152,7 @@ def demo(bottleneck):
 
 
 def tour(model, batch, ids=40):
-    """One real batch, taken apart in characters: the sequence, the mask, the shapes, parameters, FLOPs."""
+    """One real batch, taken apart in characters: sequence, mask, shapes, parameters, FLOPs."""
     from torch.utils.flop_counter import FlopCounterMode
     layout, T = model.layout, int((batch.document[0] == 1).sum())
     names = {layout.pad: ".", layout.bos: "<bos>", layout.eos: "<eos>"}
@@ -169,7 +171,8 @@ def tour(model, batch, ids=40):
     keep = slice(0, min(T, ids))
     print("     " + "".join("tIAV"[kind] for kind in kinds[keep]))
     for i in range(T)[keep]:
-        print(f"{i:3d} {'tIAV'[kinds[i]]} " [:5] + "".join("#" if x else "." for x in mask[i, keep].tolist()))
+        print(f"{i:3d} {'tIAV'[kinds[i]]} "[:5]
+              + "".join("#" if x else "." for x in mask[i, keep].tolist()))
     print("\nshapes, stage by stage:")
     trace(model, batch)
     print("\nparameters:")
@@ -178,13 +181,15 @@ def tour(model, batch, ids=40):
     with FlopCounterMode(display=False) as counter:
         model.loss(batch)
     forward = counter.get_total_flops()
-    print(f"\nforward FLOPs per position: {forward / batch.tokens.numel():,.0f} (training: about three times)")
+    print(f"\nforward FLOPs per position: {forward / batch.tokens.numel():,.0f} "
+          "(training: about three times)")
 
 
 def attention_mask_of(model, batch):
     import inspect
     from sys import modules
-    host = next(base for base in type(model).__mro__ if hasattr(modules[base.__module__], "attention_mask"))
+    host = next(base for base in type(model).__mro__
+                if hasattr(modules[base.__module__], "attention_mask"))
     mask = modules[host.__module__].attention_mask
     return mask(*(getattr(batch, name) for name in inspect.signature(mask).parameters))
 
@@ -200,13 +205,15 @@ def trace(model, batch):
                 seen.add(name)
                 print(f"  {name:<34}{tuple(shape)}")
         return hook
+    later = tuple(f"blocks.{i}" for i in range(1, 99))
     for name, module in model.named_modules():
-        if name and name.count(".") <= 2 and not name.startswith(tuple(f"blocks.{i}" for i in range(1, 99))):
+        if name and name.count(".") <= 2 and not name.startswith(later):
             hooks.append(module.register_forward_hook(report(name)))
     with torch.no_grad():
         loss, parts = model.loss(batch)
     print(f"  {'loss (untrained)':<34}{loss.item():.3f} = "
-          + ", ".join(f"{name} {value.item():.3f}" for name, value in parts.items() if "noise" not in name))
+          + ", ".join(f"{name} {value.item():.3f}" for name, value in parts.items()
+                      if "noise" not in name))
     for hook in hooks:
         hook.remove()
 
@@ -217,7 +224,8 @@ def parameters_by_part(model):
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         if part == "blocks":
-            part = "blocks, " + ("attention" if "attention." in name else "ffn" if "ffn." in name else "norms")
+            part = "blocks, " + ("attention" if "attention." in name
+                                 else "ffn" if "ffn." in name else "norms")
         if ".copies." in name:
             tower = int(name.split(".copies.")[1].split(".")[0])
             part += f", tower {tower} ({MODALITIES[tower]})"

@@ -1,13 +1,14 @@
 """Train any of the four systems: one trainer, one command line.
 
-    python train.py mot                         captions become pictures, pictures become captions
-    python train.py transfusion                 the same, all weights shared
-    python train.py chameleon                   the same, everything a discrete token
-    python train.py vqvae                       the tokenizer alone
-    python train.py mot --data FOLDER           your own pictures (FOLDER/metadata.jsonl has the captions)
+    python train.py mot                 captions become pictures, pictures become captions
+    python train.py transfusion         the same, all weights shared
+    python train.py chameleon           the same, everything a discrete token
+    python train.py vqvae               the tokenizer alone
+    python train.py mot --data FOLDER   your own pictures (FOLDER/metadata.jsonl has the captions)
 
-Writes to runs/NAME: checkpoint.pt, metrics.jsonl, report.json, curves.png, samples.png, transcript.md.
-An autoencoder is trained on first use, kept under a name that holds its data and settings, and reused.
+Writes to runs/NAME: checkpoint.pt, metrics.jsonl, report.json, curves.png, samples.png and
+transcript.md. An autoencoder is trained on first use, kept under a name that holds its data and
+settings, and reused.
 """
 
 import os
@@ -15,7 +16,7 @@ import os
 # a thread that waits for another spins only briefly, so that other programs do not stall the run
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import argparse
+import argparse  # noqa: I001 (long imports are wrapped, not one name a line)
 import copy
 import dataclasses
 import hashlib
@@ -39,54 +40,56 @@ from tqdm import tqdm
 
 import scores
 import show
-from data import (Batches, InputError, Tokenizer, folder_corpus, measure, shapes_corpus, to_signal,
-                  tokenize)
-from sample import (FORMAT, MODELS, Parser, System, build, layout_of, load_autoencoder, load_checkpoint,
-                    pick_device, precision, run, write_document)
+from data import (Batches, InputError, Tokenizer, folder_corpus, good_length, measure,
+                  shapes_corpus, to_signal, tokenize)
+from sample import (FORMAT, MODELS, Parser, System, build, layout_of, load_autoencoder,
+                    load_checkpoint, pick_device, precision, run, write_document)
 from transfusion import TransfusionConfig
 from vqvae import VQVAE, VQVAEConfig, code_usage
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: str = "shapes"            # a toy world (shapes), or a folder of your own pictures with captions
+    data: str = "shapes"            # a toy world (shapes), or a folder of pictures with captions
     setting: str = "transfusion"    # the host of mot: transfusion or chameleon
     out: str = ""                   # the run's folder (default: runs/ and the run's name)
     steps: int = 0                  # training steps (default: the architecture's own, see PRESETS)
-    batch_size: int = 0             # packed rows a step; pictures a step for vqvae (default: see PRESETS)
-    context: int = 0                # positions of a packed row (default: half again the longest document)
+    batch_size: int = 0             # packed rows a step; pictures for vqvae (default: see PRESETS)
+    context: int = 0                # positions of a row (default: half again the longest document)
     picture_size: int = 32          # pixels of a side; a multiple of 8
     size: str = "tiny"              # of the model: tiny, small or base
+    pictures: int = 40_000          # of the toy world, to train on
     seed: int = 0                   # of everything random
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate (default: see PRESETS)
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
     weight_decay: float = 0.01      # of AdamW
-    ema: float = 0.998              # decay of the averaged weights that scores and samples come from
-    autoencoder_steps: int = 0      # of the autoencoder that is trained on first use (default: vqvae's steps)
+    ema: float = 0.998              # decay of the averaged weights that scores and samples use
+    autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
     cases: int = 512                # held-out cases for each score
 
 
 # what differs by architecture; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
-           "transfusion": {"steps": 5000, "batch_size": 20, "lr": 4e-3},
+           "transfusion": {"steps": 6500, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 3500, "batch_size": 10, "lr": 3e-3}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 
 
-# --- the trainer -----------------------------------------------------------------------------------
+# --- the trainer ---------------------------------------------------------------------------------
 
 class Trainer:
-    """AdamW (0.9, 0.95), warm-up and cosine, clip 1.0, averaged weights; for any model with `loss(batch)`.
+    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any model with `loss(batch)`.
 
-    Within a step nothing waits for the device: losses stay on it and are read every `log_every` steps.
+    Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
     """
 
     def __init__(self, model, batches, config, device, out, compiled=True, log_every=50):
-        self.model, self.batches, self.config, self.device = model.to(device), batches, config, device
-        self.out, self.log_every, self.step, self.seconds, self.compiled = out, log_every, 0, 0.0, compiled
+        self.model, self.batches, self.config = model.to(device), batches, config
+        self.device, self.out, self.log_every, self.compiled = device, out, log_every, compiled
+        self.step, self.seconds = 0, 0.0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
@@ -132,20 +135,21 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: forget the start
+        decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: drop the start
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(self.averaged.parameters()),
+                                 list(self.model.parameters()), 1 - decay)
             for kept, buffer in zip(self.averaged.buffers(), self.model.buffers()):
                 kept.copy_(buffer)
         return {"loss": loss.detach(), **parts, "gradient_norm": norm}
 
     def train(self, title, every=None, at_each=None, save=None):
-        """Run to the last step; `at_each()` is called every `every` steps, `save()` once a minute."""
+        """Run to the last step; `at_each()` every `every` steps, `save()` once a minute."""
         self.model.train()
         recent, last_save = [], time.time()
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            bar = tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step", mininterval=1,
-                       dynamic_ncols=True)
+            bar = tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
+                       mininterval=1, dynamic_ncols=True)
             while self.step < self.config.steps:
                 start = time.time()
                 recent.append(self.train_step())
@@ -155,8 +159,9 @@ class Trainer:
                     row = mean_of(recent)
                     recent = []
                     if not math.isfinite(row["loss"]):
-                        raise InputError(f"the loss is {row['loss']} at step {self.step}: try a lower --lr "
-                                         f"(it was {self.config.lr}); the last checkpoint is kept")
+                        raise InputError(f"the loss is {row['loss']} at step {self.step}: "
+                                         f"try a lower --lr (it was {self.config.lr}); "
+                                         "the last checkpoint is kept")
                     log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
@@ -183,17 +188,23 @@ class Trainer:
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.batches.state = saved["stream"]
         torch.set_rng_state(saved["rng"])
+        log = self.out / "metrics.jsonl"        # rows that no checkpoint holds would come twice
+        rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
+                       encoding="utf-8")
 
 
 def mean_of(rows):
-    """Losses of several steps -> their means as floats; nan (an empty noise level) does not count."""
-    means = {name: torch.stack([row[name].float() for row in rows]).nanmean().item() for name in rows[0]}
+    """Losses of several steps -> their means, as floats; nan (an empty noise level) is left out."""
+    means = {name: torch.stack([row[name].float() for row in rows]).nanmean().item()
+             for name in rows[0]}
     return {name: value if name == "loss" or math.isfinite(value) else None
             for name, value in means.items()}
 
 
 def compiler_exists(device):
-    return device.type == "cuda" or (device.type == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++"))))
+    return device.type == "cuda" or (device.type == "cpu"
+                                     and bool(shutil.which(os.environ.get("CXX", "g++"))))
 
 
 class Pictures:
@@ -215,13 +226,14 @@ class Pictures:
         return to_signal(self.pixels[index]).contiguous(memory_format=torch.channels_last)
 
 
-# --- the autoencoder -------------------------------------------------------------------------------
+# --- the autoencoder -----------------------------------------------------------------------------
 
 def train_autoencoder(corpus, model_config, config, device, data_name, folder=None):
-    """Train an autoencoder on a corpus's pictures, or load the one that was: -> (VQVAE, its folder)."""
+    """Train an autoencoder on a corpus's pictures, or load one that was -> (VQVAE, its folder)."""
     pixels = corpus.signals["image"]
-    key = {"data": hashlib.sha256(pixels.tobytes()).hexdigest(), "model": dataclasses.asdict(model_config),
-           "steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
+    key = {"data": hashlib.sha256(pixels.tobytes()).hexdigest(),
+           "model": dataclasses.asdict(model_config), "steps": config.steps,
+           "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(folder or f"runs/vqvae-{model_config.bottleneck}-{data_name}-{digest}")
     path = folder / "checkpoint.pt"
@@ -232,29 +244,33 @@ def train_autoencoder(corpus, model_config, config, device, data_name, folder=No
     torch.manual_seed(config.seed)
     start = time.time()
     config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
-    trainer = Trainer(VQVAE(model_config), Pictures(pixels, config.batch_size, config.seed), config, device,
-                      folder, compiled=False)
+    trainer = Trainer(VQVAE(model_config), Pictures(pixels, config.batch_size, config.seed), config,
+                      device, folder, compiled=False)
     trainer.train(f"autoencoder ({model_config.bottleneck})")
     model = trainer.model
     sample = to_signal(pixels[:4000]).to(device)
     with torch.no_grad(), precision(device):
         model.fit_scale(sample)
-    report = autoencoder_report(model, corpus, config, device, data_name, trainer, time.time() - start)
-    save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key, "autoencoder": packed(model)})
+    report = autoencoder_report(model, corpus, config, device, data_name, trainer,
+                                time.time() - start)
+    save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key,
+                           "autoencoder": packed(model)})
     write_json(folder / "report.json", report)
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
     pictures = sample[:12]
     with torch.no_grad(), precision(device):
         rebuilt = model(pictures)
     show.reconstructions(pictures.cpu(), rebuilt.cpu(), folder / "samples.png",
-                         f"{folder.name}: reconstructions, PSNR {report['reconstruction_psnr']:.1f} dB")
+                         f"{folder.name}: reconstructions, "
+                         f"PSNR {report['reconstruction_psnr']:.1f} dB")
     return model, folder
 
 
 def autoencoder_report(model, corpus, config, device, data_name, trainer, wall):
     """report.json of an autoencoder: its reconstructions, and how many of its codes are in use."""
     roundtrip = Roundtrip(model, device)
-    report = {"arch": "vqvae", "setting": model.config.bottleneck, "data": data_name, **facts(trainer, wall)}
+    report = {"arch": "vqvae", "setting": model.config.bottleneck, "data": data_name,
+              **facts(trainer, wall)}
     if data_name == "shapes":
         report |= scores.score_reconstruction(roundtrip, config.cases, size=model.config.size[0])
     else:
@@ -274,7 +290,8 @@ class Roundtrip:
     @torch.no_grad()
     def __call__(self, pictures):
         with precision(self.device):
-            return torch.cat([self.model(part.to(self.device)).cpu() for part in pictures.split(512)])
+            return torch.cat([self.model(part.to(self.device)).cpu()
+                              for part in pictures.split(512)])
 
 
 def encode_all(model, pixels, device):
@@ -284,19 +301,19 @@ def encode_all(model, pixels, device):
                           for i in range(0, len(pixels), 512)])
 
 
-# --- what a run writes -----------------------------------------------------------------------------
+# --- what a run writes ---------------------------------------------------------------------------
 
 def make_folder(folder):
-    """A run's folder, empty of metrics; InputError where it cannot be written."""
+    """Make a run's folder, empty of metrics; InputError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").write_text("")
+        (folder / "metrics.jsonl").write_text("", encoding="utf-8")
     except OSError as error:
         raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
 
 
 def save_checkpoint(path, contents):
-    """Written beside and renamed, so that a run that dies while it saves leaves the old one whole."""
+    """Written beside and renamed, so that a run that dies while saving leaves the old one whole."""
     torch.save(contents, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
@@ -311,7 +328,8 @@ def write_json(path, contents):
 
 def active_parameters(model):
     """Parameters that one position meets: of an untied part, one copy."""
-    return sum(p.numel() for name, p in model.named_parameters() if not re.search(r"copies\.[1-9]", name))
+    return sum(p.numel() for name, p in model.named_parameters()
+               if not re.search(r"copies\.[1-9]", name))
 
 
 def facts(trainer, wall):
@@ -321,8 +339,9 @@ def facts(trainer, wall):
     with FlopCounterMode(display=False) as counter:
         trainer.model.loss(batch.to(trainer.device))[0].backward()
     trainer.model.zero_grad()
-    return {"seed": trainer.config.seed, "torch": torch.__version__, "python": platform.python_version(),
-            "device": str(trainer.device), "bf16": not isinstance(precision(trainer.device), nullcontext),
+    return {"seed": trainer.config.seed, "torch": torch.__version__,
+            "python": platform.python_version(), "device": str(trainer.device),
+            "bf16": not isinstance(precision(trainer.device), nullcontext),
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "active_parameters": active_parameters(trainer.model), "steps": trainer.step,
             "tokens": positions * trainer.step, "flops": counter.get_total_flops() * trainer.step,
@@ -337,12 +356,13 @@ def peak_memory():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
 
 
-# --- the runs --------------------------------------------------------------------------------------
+# --- the runs ------------------------------------------------------------------------------------
 
 def load_data(config):
-    """--data -> (name, training Corpus, held-out Corpus or None: the toy worlds draw theirs fresh)."""
+    """--data -> (name, training Corpus, held-out Corpus or None: toy worlds draw theirs fresh)."""
     if config.data == "shapes":
-        return "shapes", shapes_corpus(np.random.default_rng(config.seed), size=config.picture_size), None
+        rng = np.random.default_rng(config.seed)
+        return "shapes", shapes_corpus(rng, config.pictures, config.picture_size), None
     corpus, held_out = folder_corpus(config.data, config.picture_size)
     return re.sub(r"\W+", "-", Path(config.data).resolve().name), corpus, held_out
 
@@ -372,65 +392,82 @@ def train_transformer(arch, config, model_options, resume=False):
     begun, setting = time.time(), config.setting if arch == "mot" else arch
     device, (name, corpus, held_out) = pick_device(config.device), load_data(config)
     folder = Path(config.out or "runs/" + "-".join(
-        [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon") + [name] * (name != "shapes")))
-    saved = load_checkpoint(folder) if resume else None
+        [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
+        + [name] * (name != "shapes")))
+    saved = load_checkpoint(folder) if resume else make_folder(folder)
     config = with_presets(config, setting)
-
-    _, config_class, bottleneck = MODELS[arch, setting]
-    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
-    kept = with_presets(kept, f"vqvae-{bottleneck}")
-    autoencoder, _ = train_autoencoder(corpus, autoencoder_config(config, bottleneck=bottleneck), kept,
-                                       device, name)
-    encoded = {"image": encode_all(autoencoder, corpus.signals["image"], device)}
-    tokenizer = Tokenizer.train(corpus.texts())
-    layout = layout_of(tokenizer, autoencoder)
-    model_config = config_class(**{**SIZES[config.size], **model_options})
-    torch.manual_seed(config.seed)
-    model = build(arch, setting, dataclasses.asdict(model_config), layout)
-    positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
-    longest = max(measure(tokenize(document, tokenizer), positions) for document in corpus.documents)
-    context = config.context or 32 * math.ceil(1.5 * longest / 32)
-    batches = Batches(corpus, tokenizer, layout, encoded, positions, config.batch_size, context, config.seed)
-    about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": None,
-             "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
-             "merges": [list(pair) for pair in tokenizer.merges], "autoencoder": packed(autoencoder)}
-    if saved:
-        for part in ("arch", "setting", "data", "config"):
-            if saved[part] != about[part]:
-                raise InputError(f'--resume: "{folder}" was trained with {part} {saved[part]}, '
-                                 f"this run has {about[part]}; give the same options, or another --out")
-    else:
-        make_folder(folder)
-
+    model, batches, autoencoder, about = prepare(arch, setting, config, model_options, corpus, name,
+                                                 device)
     trainer = Trainer(model, batches, config, device, folder)
     if saved:
+        for part in ("arch", "setting", "data", "config", "tokens_from"):
+            if saved.get(part) != about[part]:
+                raise InputError(f'--resume: "{folder}" was trained with {part} {saved.get(part)}, '
+                                 f"this run has {about[part]}; "
+                                 "give the same options, or another --out")
         trainer.resume(saved)
     trainer.compile()
-    system = System(trainer.averaged, autoencoder, tokenizer, device)
-    settings = scores.SETTINGS[setting]
+    system = System(trainer.averaged, autoencoder, Tokenizer(about["merges"]), device)
 
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
         state = torch.get_rng_state()       # looking must not change what comes after
-        show.sheet(system, settings, folder / "progress" / f"step-{trainer.step:06d}.png",
+        show.sheet(system, scores.SETTINGS[setting],
+                   folder / "progress" / f"step-{trainer.step:06d}.png",
                    f"{arch}, step {trainer.step}", held_out, count=4)
         torch.set_rng_state(state)
 
-    trainer.train(f"{arch} ({setting})" if arch == "mot" else arch, max(1, config.steps // 4), progress,
-                  lambda: save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()}))
-    save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
+    def save():
+        save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
+
+    trainer.train(f"{arch} ({setting})" if arch == "mot" else arch,
+                  max(1, config.steps // 4), progress, save)
+    save()
     report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
     report |= (scores.score_shapes(system, setting, config.cases) if held_out is None
                else scores.score_folder(system, held_out, config.cases))
     report["wall_seconds"] = round(time.time() - begun, 1)
     write_json(folder / "report.json", report)
-    title = f"{arch} ({setting}), {name}, {config.steps} steps, seed {config.seed}"
+    title = f"{arch} ({setting}), {name}, {trainer.step} steps, seed {config.seed}"
+    show_run(system, scores.SETTINGS[setting], folder, title, held_out, config.seed)
+    finish(folder)
+
+
+def prepare(arch, setting, config, model_options, corpus, name, device):
+    """Tokenize everything once -> (model, batches, autoencoder, what a checkpoint says of them)."""
+    _, config_class, bottleneck = MODELS[arch, setting]
+    model_config = config_class(**{**SIZES[config.size], **model_options})
+    if model_config.width % (2 * model_config.heads):
+        raise InputError(f"--width {model_config.width} does not split into {model_config.heads} "
+                         "heads of even width; change --width or --heads")
+    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
+    kept = with_presets(kept, f"vqvae-{bottleneck}")
+    autoencoder, tokens_from = train_autoencoder(
+        corpus, autoencoder_config(config, bottleneck=bottleneck), kept, device, name)
+    encoded = {"image": encode_all(autoencoder, corpus.signals["image"], device)}
+    tokenizer = Tokenizer.train(corpus.texts())
+    layout = layout_of(tokenizer, autoencoder)
+    torch.manual_seed(config.seed)
+    model = build(arch, setting, dataclasses.asdict(model_config), layout)
+    positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
+    context = config.context or good_length(
+        [measure(tokenize(document, tokenizer), positions) for document in corpus.documents])
+    batches = Batches(corpus, tokenizer, layout, encoded, positions, config.batch_size,
+                      context, config.seed)
+    about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": None,
+             "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
+             "merges": [list(pair) for pair in tokenizer.merges],
+             "autoencoder": packed(autoencoder), "tokens_from": tokens_from.name}
+    return model, batches, autoencoder, about
+
+
+def show_run(system, settings, folder, title, held_out, seed):
+    """curves.png, samples.png and transcript.md of a finished run."""
     show.curves(folder / "metrics.jsonl", folder / "curves.png", title)
     show.sheet(system, settings, folder / "samples.png", title, held_out)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     free = system.complete([[]], spans=3, temperature=1.0, **settings)[0]
     write_document(free, folder / "transcript.md")
-    finish(folder)
 
 
 def finish(folder):
@@ -444,10 +481,10 @@ def finish(folder):
     print(f"see {folder}/: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
 
-# --- command line ----------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------
 
 def options_of(config_class):
-    """(name, type, default, help) of a config's plain fields; the help is the comment beside the field."""
+    """(name, type, default, help) of a config's plain fields; help is the field's comment."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.+)$", inspect.getsource(config_class), re.M))
     return [(field.name, field.type, field.default, comments[field.name])
             for field in dataclasses.fields(config_class) if field.type in (int, float, str)]
@@ -469,12 +506,14 @@ def arguments(argv):
         group = parser.add_argument_group(f"{title} options")
         for name, kind, default, text in options_of(config_class):
             shown = f" [{default}]" if default not in ("", 0, 0.0) else ""
-            group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(),
+            group.add_argument("--" + name.replace("_", "-"), type=kind,
+                               metavar=kind.__name__.upper(),
                                help=text.replace("%", "%%") + shown)
     parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    config = TrainConfig(**{field.name: given[field.name] for field in dataclasses.fields(TrainConfig)
-                            if field.name in given})
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+    config = TrainConfig(**{field.name: given[field.name]
+                            for field in dataclasses.fields(TrainConfig) if field.name in given})
     model = {name: value for name, value in given.items()
              if name not in ("arch", "resume") and name not in TrainConfig.__dataclass_fields__}
     check(config, given)
@@ -482,7 +521,9 @@ def arguments(argv):
 
 
 def check(config, given):
-    for name in ("steps", "batch_size", "autoencoder_steps", "cases", "context"):
+    if given["resume"] and given["arch"] == "vqvae":
+        raise InputError("--resume is not for vqvae, which trains in a minute: run it again")
+    for name in ("steps", "batch_size", "autoencoder_steps", "cases", "context", "pictures"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be 1 or more")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),

@@ -1,20 +1,22 @@
 """Transfusion: predict the next token and diffuse images, in one transformer.
 
-Text positions are ids and learn by next-token prediction; image positions are patches of continuous latents
-and learn to be denoised. Attention is causal, except inside one image, whose patches all see each other.
+Text positions are ids and learn by next-token prediction; image positions are patches of
+continuous latents and learn to be denoised. Attention is causal, except inside one image, whose
+patches all see each other.
 
-Paper: Zhou et al. 2024, "Transfusion" (arXiv 2408.11039). MoT's paper (arXiv 2411.04996) builds on it.
+Paper: Zhou et al. 2024, "Transfusion" (arXiv 2408.11039).
 As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 2 x 2 latents, the
-timestep embedding added to each patch, loss = LM + 5 x diffusion, guidance, and a limit on the noise of
-an image that stands before its caption (Table 8).
-Instead: flow matching (Liu et al., arXiv 2209.03003) with logit-normal times (SD3, arXiv 2403.03206) for DDPM.
-Left out: U-Net patch encoders, and the GAN and LPIPS losses of its VAE.
+timestep embedding added to each patch, loss = LM + 5 x diffusion, guidance, and a limit on the
+noise of an image that stands before its caption (Table 8).
+Instead of DDPM: flow matching (arXiv 2209.03003) with logit-normal times (SD3, arXiv 2403.03206).
+Added: a learned place for each patch. Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
     python transfusion.py           one real batch, taken apart: seconds, no training
     python train.py transfusion     train it: minutes on a laptop
 
-Symbols: B rows, T positions, D width, H heads, h head width, M modalities, S new positions beside a cache,
-C latent channels, P values of one patch (2 * 2 * C). Time: t = 0 is data, t = 1 is noise. Masks: True = may attend.
+Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache,
+C latent channels, P values of one patch (2 * 2 * C). Masks: True = may attend.
+Time: t = 0 is data, t = 1 is noise.
 """
 
 import math
@@ -34,15 +36,16 @@ class TransfusionConfig:
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
     diffusion_weight: float = 5.0   # lambda of Eq. 4
+    time_mean: float = 0.7          # of the logit of t; SD3's best is 0 (Table 1), see the README
     shown_limit: float = 0.5        # most noise on an image that precedes its words (Table 8)
 
 
-# --- the idea --------------------------------------------------------------------------------------
+# --- the idea ----------------------------------------------------------------------------------
 
 def attention_mask(span, document):
     """Causal, plus full attention inside each span, never across documents (Sec. 3, Fig. 4).
 
-    span, document (B, T) -> (B, 1, T, T), True where position i (row) may attend to position j (column).
+    span, document (B, T) -> (B, 1, T, T), True where i (row) may attend to j (column).
     """
     T = span.shape[1]
     i, j = torch.arange(T, device=span.device)[:, None], torch.arange(T, device=span.device)
@@ -52,17 +55,20 @@ def attention_mask(span, document):
 
 
 def add_noise(x_0, noise, t):
-    """The straight path from data to noise: x_t = (1 - t) x_0 + t eps. Its velocity is eps - x_0."""
+    """The straight path to noise: x_t = (1 - t) x_0 + t eps. Its velocity is eps - x_0."""
     return (1 - t) * x_0 + t * noise, noise - x_0
 
 
-def sample_times(count, device):
-    """Logit-normal times in (0, 1): t = sigmoid(u), u ~ N(0, 1); mostly middling noise (SD3, Sec. 3.1)."""
-    return torch.randn(count, device=device).sigmoid()
+def sample_times(count, mean, device):
+    """Logit-normal times in (0, 1): t = sigmoid(u), u ~ N(mean, 1) (SD3, Sec. 3.1).
+
+    Above 0 the mean favours noise, under which only the caption tells what the image should be.
+    """
+    return (mean + torch.randn(count, device=device)).sigmoid()
 
 
 def guide(conditional, unconditional, guidance):
-    """Classifier-free guidance: u + s (c - u), so that 1 is no guidance (arXiv 2207.12598, Eq. 6)."""
+    """Classifier-free guidance: u + s (c - u), so 1 is no guidance (arXiv 2207.12598, Eq. 6)."""
     return unconditional + guidance * (conditional - unconditional)
 
 
@@ -85,10 +91,10 @@ def unpatchify(patches, shape, patch):
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, C, h, w)
 
 
-# --- layers ----------------------------------------------------------------------------------------
+# --- layers ------------------------------------------------------------------------------------
 
 def rotary(positions, head_width, theta):
-    """Rotary position embedding (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
+    """RoPE (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device) / head_width
     angle = positions[..., None, None] * theta ** -exponent
     return angle.cos(), angle.sin()
@@ -169,7 +175,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Cache:
-    """Keys and values of all blocks, for B rows of different lengths, up to `size` positions each."""
+    """Keys and values of all blocks, for B rows of different lengths, at most `size`."""
 
     def __init__(self, B, size, device):
         self.size, self.kept = size, {}
@@ -180,7 +186,7 @@ class Cache:
         return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
 
     def append(self, layer, k, v):
-        """Write k, v (B, S, H, h) after what each row has; they stay only if `lengths` then grows."""
+        """Write k, v (B, S, H, h) after what each row has; they stay if `lengths` grows."""
         if layer not in self.kept:
             self.kept[layer] = [k.new_zeros(len(k), self.size, *k.shape[2:]) for _ in "kv"]
         rows = torch.arange(len(k), device=k.device)[:, None]
@@ -189,14 +195,14 @@ class Cache:
         return self.kept[layer]
 
     def mask(self, mask):
-        """The mask among S new positions (B, 1, S, S) -> the mask over all that is kept (B, 1, S, size)."""
+        """The mask among S new positions (B, 1, S, S) -> over all that is kept (B, 1, S, size)."""
         S = mask.shape[-1]
         j = torch.arange(self.size, device=mask.device) - self.lengths[:, None]     # (B, size)
-        j = j[:, None, None, :].expand(-1, 1, S, -1)                                # (B, 1, S, size)
+        j = j[:, None, None, :].expand(-1, 1, S, -1)                            # (B, 1, S, size)
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
-# --- model -----------------------------------------------------------------------------------------
+# --- model -------------------------------------------------------------------------------------
 
 class Transfusion(nn.Module):
     def __init__(self, config, layout):
@@ -207,8 +213,9 @@ class Transfusion(nn.Module):
         self.token_embedding = nn.Embedding(layout.size, D)
         self.patch_in = nn.ModuleList(nn.Linear(P, D) if P else None for P in self.patch_sizes)
         self.patch_out = nn.ModuleList(nn.Linear(D, P) if P else None for P in self.patch_sizes)
-        self.patch_place = nn.ParameterList(nn.Parameter(torch.zeros(self.positions(kind), D)) if P else None
-                                            for kind, P in enumerate(self.patch_sizes))
+        self.patch_place = nn.ParameterList(
+            nn.Parameter(torch.zeros(self.positions(kind), D)) if P else None
+            for kind, P in enumerate(self.patch_sizes))
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
@@ -228,6 +235,9 @@ class Transfusion(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
+        for place in self.patch_place:
+            if place is not None:
+                nn.init.normal_(place, std=0.5)
         for out in self.patch_out:
             if out is not None:
                 nn.init.zeros_(out.weight)
@@ -243,13 +253,14 @@ class Transfusion(nn.Module):
         return self.norm(x)
 
     def forward(self, batch, times, cache=None):
-        """batch with latents as they stand at their times, (spans,) each -> hidden states (B, S, D)."""
+        """batch, its latents noised to their times, (spans,) each -> hidden states (B, S, D)."""
         B, S = batch.tokens.shape
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
-        for latents, t, patch_in, place in zip(batch.signals, times, self.patch_in, self.patch_place):
+        for kind, (latents, t) in enumerate(zip(batch.signals, times)):
             if latents is not None:
-                patches = patch_in(patchify(latents, self.config.patch))            # (spans, n, D)
-                parts.append((patches + place + self.time_embedding(t)[:, None]).flatten(0, 1))
+                x = self.patch_in[kind](patchify(latents, self.config.patch))       # (spans, n, D)
+                x = x + self.patch_place[kind] + self.time_embedding(t)[:, None]
+                parts.append(x.flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
         mask = attention_mask(batch.span, batch.document)
         positions = torch.arange(S, device=x.device)[None]
@@ -263,16 +274,16 @@ class Transfusion(nn.Module):
         noisy, velocities, times = [None] * 4, [None] * 4, [None] * 4
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
-                t = sample_times(len(x_0), x_0.device)                              # (spans,)
+                t = sample_times(len(x_0), self.config.time_mean, x_0.device)       # (spans,)
                 # a picture that its words describe is seen less noised; in evaluation, as it is
                 limit = self.config.shown_limit if self.training else 0.0
                 t = torch.where(batch.shown[kind], t * limit, t)
                 times[kind], noise = t, torch.randn_like(x_0)
                 noisy[kind], velocities[kind] = add_noise(x_0, noise, t[:, None, None, None])
         hidden = self(batch._replace(signals=tuple(noisy)), times)
-        by_modality = hidden.flatten(0, 1)[batch.order].split(batch.sizes)          # each (positions, D)
+        by_modality = hidden.flatten(0, 1)[batch.order].split(batch.sizes)     # (positions, D)
         targets = batch.targets.flatten()[batch.order[:batch.sizes[0]]]
-        logits = self.head(by_modality[0]).float()                                  # (text positions, ids)
+        logits = self.head(by_modality[0]).float()                         # (text positions, ids)
         loss = F.cross_entropy(logits, targets, ignore_index=-100)
         right = (logits.argmax(-1) == targets).float()
         parts = {"text": loss.detach(), "text_accuracy": average(right, (targets >= 0).float())}
@@ -286,7 +297,7 @@ class Transfusion(nn.Module):
         return loss, parts
 
     def by_noise(self, kind, error, t, real):
-        """The diffusion loss of a modality, and the same in quarters of t (nan where a quarter is empty)."""
+        """The diffusion loss of a modality, whole and by quarter of t (nan where one is empty)."""
         name = ("text", "image", "audio", "video")[kind]
         parts = {name: average(error, real)}
         for quarter in range(4):
@@ -294,21 +305,22 @@ class Transfusion(nn.Module):
             parts[f"{name}_noise_{quarter}"] = average(error, inside)
         return parts
 
-    # --- generate ----------------------------------------------------------------------------------
+    # --- generate -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(self, prompt, size, spans=1, steps=25, guidance=3.0, temperature=0.0):
-        """Go on with each row, switching by itself between language modelling and diffusion (Sec. 3).
+        """Go on with each row, which itself switches between next tokens and diffusion (Sec. 3).
 
         prompt: a batch with one open document a row, latents clean. size: most positions of a row.
-        spans: how many spans a row may draw; it stops where it opens one more. temperature: of text.
+        spans: how many spans a row may draw; it stops at the next. temperature: of text.
         Returns tokens (B, size), <pad> after the end and where latents stand, and the latents drawn
         in each row, by modality (B, spans, C, h, w) or None.
         """
         B, device = len(prompt.tokens), prompt.tokens.device
         lengths, drawn = (prompt.document > 0).sum(1), torch.zeros_like(prompt.tokens[:, 0])
         tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
-        latents = [shape and torch.zeros(B, spans, *shape, device=device) for shape in self.layout.shapes]
+        latents = [shape and torch.zeros(B, spans, *shape, device=device)
+                   for shape in self.layout.shapes]
         longest = max(self.positions(kind) for kind in range(4) if self.layout.shapes[kind])
         cache, null = (Cache(B, size + longest, device) for _ in range(2))
         clean = [x if x is None else torch.zeros(len(x), device=device) for x in prompt.signals]
@@ -318,7 +330,7 @@ class Transfusion(nn.Module):
         self.extend(prompt, null, 1, torch.full_like(tokens[:, :1], self.layout.bos))
         last = tokens.gather(1, lengths[:, None] - 1)                               # (B, 1)
         state = self.next_state(last[:, 0], torch.zeros_like(drawn), drawn < spans, lengths < size)
-        while (state >= 0).any():       # by row: 0 writes text, k > 0 draws a span of modality k, -1 is done
+        while (state >= 0).any():       # by row: 0 writes text, k > 0 draws modality k, -1 is done
             active = (state == 0).long()
             if active.any():            # language modelling, until every row draws or is done
                 logits = self.text_logits(self.head(hidden[:, -1]).float(), size - lengths)
@@ -327,13 +339,14 @@ class Transfusion(nn.Module):
                 kind = int(state.max())
                 active = (state == kind).long()
                 x_0 = self.denoise(prompt, kind, cache, null, steps, guidance)
-                self.extend(prompt, cache, active, kind=kind, latents=x_0)          # clean: context now
+                self.extend(prompt, cache, active, kind=kind, latents=x_0)      # clean: context now
                 rows = active.nonzero()[:, 0]
                 latents[kind][rows, drawn[rows]] = x_0[rows]
                 lengths, drawn = lengths + active * self.positions(kind), drawn + active
                 last = torch.full_like(last, self.layout.end[kind])
             place = lengths[:, None].clamp(max=size - 1)
-            tokens.scatter_(1, place, torch.where(active[:, None] > 0, last, tokens.gather(1, place)))
+            kept = tokens.gather(1, place)
+            tokens.scatter_(1, place, torch.where(active[:, None] > 0, last, kept))
             lengths = lengths + active
             hidden = self.extend(prompt, cache, active, last)
             state = torch.where(active > 0, self.next_state(last[:, 0], state, drawn < spans,
@@ -349,7 +362,7 @@ class Transfusion(nn.Module):
         return torch.where((last != self.layout.eos) & has_room, state, -1)
 
     def text_logits(self, logits, room):
-        """Only text, <eos>, and the <begin> of a span that still fits, may follow text; logits (B, ids)."""
+        """After text: text, <eos>, or the <begin> of a span that still fits; logits (B, ids)."""
         allowed = torch.zeros_like(logits, dtype=torch.bool)
         allowed[:, :self.layout.text] = allowed[:, self.layout.eos] = True
         for kind, shape in enumerate(self.layout.shapes):
@@ -358,7 +371,7 @@ class Transfusion(nn.Module):
         return logits.masked_fill(~allowed, -math.inf)
 
     def extend(self, prompt, cache, keep, tokens=None, kind=0, latents=None, t=0.0):
-        """Run S positions of one modality after the cache -> hidden (B, S, D); rows with `keep` keep them."""
+        """Run S positions of one modality after the cache -> (B, S, D); `keep` rows keep them."""
         B, device = len(prompt.tokens), prompt.tokens.device
         signals, times = [None] * 4, [None] * 4
         if kind:
@@ -366,18 +379,19 @@ class Transfusion(nn.Module):
             signals[kind], times[kind] = latents, torch.full((B,), t, device=device)
         order = torch.arange(tokens.numel(), device=device)
         sizes = tuple(tokens.numel() if m == kind else 0 for m in range(4))
-        step = prompt._replace(tokens=tokens, span=torch.full_like(tokens, kind), order=order, inverse=order,
-                               document=torch.ones_like(tokens), sizes=sizes, signals=tuple(signals))
+        step = prompt._replace(tokens=tokens, span=torch.full_like(tokens, kind), order=order,
+                               document=torch.ones_like(tokens), inverse=order, sizes=sizes,
+                               signals=tuple(signals))
         hidden = self(step, times, cache)
         cache.lengths += keep * tokens.shape[1]
         return hidden
 
     def denoise(self, prompt, kind, cache, null, steps, guidance):
-        """Euler steps from noise (t = 1) to data (t = 0), guided away from the span without its context."""
+        """Euler steps from noise (t = 1) to data (t = 0), guided off a span without context."""
         B, shape = len(prompt.tokens), self.layout.shapes[kind]
         x = torch.randn(B, *shape, device=prompt.tokens.device)
         begin = torch.full((B, 1), self.layout.begin[kind], device=x.device)
-        self.extend(prompt, null, 1, begin)                         # <bos> <begin>, and nothing else
+        self.extend(prompt, null, 1, begin)                     # <bos> <begin>, and nothing else
         for step in range(steps):
             t = 1 - step / steps
             velocity = self.velocity(prompt, cache, kind, x, t)
@@ -389,7 +403,8 @@ class Transfusion(nn.Module):
 
     def velocity(self, prompt, cache, kind, x, t):
         hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
-        return unpatchify(self.patch_out[kind](hidden).float(), self.layout.shapes[kind], self.config.patch)
+        patches = self.patch_out[kind](hidden).float()                          # (B, n, P)
+        return unpatchify(patches, self.layout.shapes[kind], self.config.patch)
 
 
 def choose(logits, temperature):

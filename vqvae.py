@@ -1,13 +1,13 @@
 """VQ-VAE and its continuous twin: one convolutional autoencoder, two bottlenecks.
 
-    signal (3, 32, 32) -> encoder -> z_e (8, 8, 8) -> bottleneck -> z_q (8, 8, 8) -> decoder -> signal
-                                                   |
-              "vq": each of the 64 vectors becomes the nearest of 512 codes   (Chameleon's tokens)
-              "kl": each vector is a Gaussian, hardly squeezed                (Transfusion's latents)
+  signal (3, 32, 32) -> encoder -> z_e (8, 8, 8) -> bottleneck -> z_q (8, 8, 8) -> decoder -> signal
+                                                 |
+            "vq": each of the 64 vectors becomes the nearest of 512 codes   (Chameleon's tokens)
+            "kl": each vector is a Gaussian, hardly squeezed                (Transfusion's latents)
 
 Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (arXiv 1711.00937);
 Rombach et al. 2021, "Latent Diffusion" (arXiv 2112.10752) for the KL twin.
-As in the paper: nearest code, straight-through gradient, commitment loss 0.25, EMA codebook (App. A.1).
+As in the paper: nearest code, straight-through gradient, commitment 0.25, EMA codebook (App. A.1).
 Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3).
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
 The encoder and decoder are the same for both, so the difference in PSNR is what quantizing loses.
@@ -16,7 +16,7 @@ The encoder and decoder are the same for both, so the difference in PSNR is what
     python train.py vqvae                    train the discrete one: ~32 dB, every code in use
     python train.py vqvae --bottleneck kl    train the continuous one: ~35 dB
 
-Symbols: B batch, C latent channels, K codes, h x w the latent grid, z_e encoder output, z_q quantized.
+Symbols: B batch, C latent channels, K codes, h x w latent grid, z_e encoder output, z_q quantized.
 """
 
 import math
@@ -40,7 +40,7 @@ class VQVAEConfig:
     commitment: float = 0.25            # beta of Eq. 3; the paper found 0.1 to 2 alike
     codebook_decay: float = 0.99        # gamma of App. A.1
     dead_below: float = 0.1             # restart a code chosen less often than this per batch
-    kl_weight: float = 1e-4             # per latent element; nearly no bottleneck, as in latent diffusion
+    kl_weight: float = 1e-4             # per element; nearly no bottleneck, as in latent diffusion
 
     @property
     def grid(self):
@@ -49,7 +49,7 @@ class VQVAEConfig:
         return self.size[0] // down[0], self.size[1] // down[1]
 
 
-# --- the idea --------------------------------------------------------------------------------------
+# --- the idea ------------------------------------------------------------------------------------
 
 def quantize(z_e, codebook):
     """Nearest code by Euclidean distance (Eq. 1-2).
@@ -85,7 +85,7 @@ def kl_to_unit_gaussian(mean, log_variance):
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-# --- layers ----------------------------------------------------------------------------------------
+# --- layers --------------------------------------------------------------------------------------
 
 class ResidualBlock(nn.Module):
     """x + conv1x1(silu(conv3x3(silu(x)))), as in VQ-VAE Sec. 4.1; it starts as the identity."""
@@ -157,7 +157,7 @@ class GaussianBottleneck(nn.Module):
         return z, self.config.kl_weight * kl, {"kl": kl}
 
 
-# --- model -----------------------------------------------------------------------------------------
+# --- model ---------------------------------------------------------------------------------------
 
 class VQVAE(nn.Module):
     def __init__(self, config):
@@ -195,7 +195,7 @@ class VQVAE(nn.Module):
         return self.decode(self.encode(signals))
 
     def encode(self, signals):
-        """signals (B, channels, H, W) -> codes (B, h, w) int64, or latents (B, C, h, w) fp32, by bottleneck."""
+        """signals (B, channels, H, W) -> codes (B, h, w) int64, or latents (B, C, h, w) fp32."""
         z_e = self.encoder(signals).float()
         if self.config.bottleneck == "vq":
             return quantize(z_e.permute(0, 2, 3, 1), self.bottleneck.codebook)[0]
@@ -211,7 +211,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, signals):
-        """Measure the latents' mean and deviation, so that `encode` returns unit variance per channel.
+        """Measure the latents' mean and deviation, so `encode` returns unit variance per channel.
 
         Without it the noise of diffusion is too strong or too weak for the data (LDM Sec. 4.3.2).
         """
@@ -241,12 +241,14 @@ def main():
         print(f"\n{name}: pictures {tuple(pictures.shape)} -> encoder {tuple(z_e.shape)} -> "
               f"{'codes' if name == 'vq' else 'latents'} {tuple(encoded.shape)} -> decoder "
               f"{tuple(model.decode(encoded).shape)}")
-        print(f"parameters {sum(p.numel() for p in model.parameters()):,}; untrained loss {loss.item():.3f} = "
+        print(f"parameters {sum(p.numel() for p in model.parameters()):,}; "
+              f"untrained loss {loss.item():.3f} = "
               + ", ".join(f"{part} {value.item():.3f}" for part, value in parts.items()))
         if name == "vq":
             perplexity, used = code_usage(encoded, model.config.codes)
-            print(f"the 64 codes of the first picture, of {model.config.codes} (in this batch {used:.0%} are "
-                  f"used, perplexity {perplexity:.0f}):\n{encoded[0].numpy()}")
+            print(f"the 64 codes of the first picture, of {model.config.codes} "
+                  f"(in this batch {used:.0%} are used, perplexity {perplexity:.0f}):\n"
+                  f"{encoded[0].numpy()}")
 
 
 if __name__ == "__main__":

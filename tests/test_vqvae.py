@@ -45,7 +45,7 @@ def assert_same(some, others):
     assert some.keys() == others.keys()
     for name in some:
         torch.testing.assert_close(some[name], others[name], rtol=0, atol=0,
-                                   msg=lambda text: f"{name}: {text}")
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- the ideas -----------------------------------------------------------------------------------

@@ -5,12 +5,12 @@
     describe(scene, rng)      scene -> caption, in one of several phrasings
     parse(caption)            caption -> scene, the exact inverse; None if it is not a caption
     grade(picture)            picture -> scene by analysis-by-synthesis; None if it is unreadable
-    change(scene, rng)        scene -> (a sentence, the scene after it): the plot of a two-picture story
+    change(scene, rng)        scene -> (sentence, scene after it): the plot of a two-picture story
 
-A scene is a background and one or two things; a thing has a shape (4), a colour (6), a size (2) and a
-place (3 x 3). Four (shape, colour) pairs are held out of training, so that a model can be asked for
-something it has never seen. Pictures have sub-pixel jitter and anti-aliased edges, so that no two are
-alike and a memorised picture is not enough.
+A scene is a background and one or two things; a thing has a shape (4), a colour (6), a size (2) and
+a place (3 x 3). Four (shape, colour) pairs are held out of training, so that a model can be asked
+for something it has never seen. Pictures have sub-pixel jitter and anti-aliased edges, so that no
+two are alike and a memorised picture is not enough.
 
 Nothing here learns: a score given by `grade` is exact, and a blurred picture does not get one.
 """
@@ -77,7 +77,7 @@ def _pick(rng, options):
 def coverage(shape, radius, x, y):
     """Share of each pixel that the shape covers, 0..1; x, y are pixel offsets from its centre.
 
-    0.5 - (signed distance to the edge), clipped, is the covered share of a pixel on a straight edge.
+    0.5 - (signed distance to the edge), clipped, is a pixel's covered share on a straight edge.
     """
     if shape == "circle":
         distance = np.hypot(x, y) - radius
@@ -110,7 +110,7 @@ def _rgb(table, name):
 
 
 def render(scene, rng=None, size=32):
-    """Scene -> (3, size, size) float32 in [-1, 1]; `rng` moves each thing a little, None centres it."""
+    """Scene -> (3, size, size) float32 in [-1, 1]; `rng` jitters each thing, None centres it."""
     picture = np.broadcast_to(_rgb(BACKGROUNDS, scene.background), (3, size, size))
     for thing in scene.things:
         dx, dy = rng.uniform(-JITTER, JITTER, 2) if rng is not None else (0.0, 0.0)
@@ -121,12 +121,12 @@ def render(scene, rng=None, size=32):
 
 # --- words ---------------------------------------------------------------------------------------
 
-# (how a scene is said, how a thing is said, what joins two things). `parse` is made from this table.
+# (how a scene is said, how a thing is said, what joins two things). `parse` is made from this.
 PHRASINGS = (
     ("{things} on {background}.", "a {size} {colour} {shape} at the {place}", " and "),
     ("{things} on {background}.", "{size} {colour} {shape} {place}", ", "),
-    ("on {background}: {things}.", "{place} {size} {colour} {shape}", ", "),
-    ("{background}, {things}.", "{size} {colour} {shape}, {place}", " and "),
+    ("on {background}: {things}.", "{size} {colour} {shape} {place}", ", "),
+    ("{background}, with {things}.", "a {size} {colour} {shape} {place}", " and "),
 )
 
 
@@ -152,7 +152,8 @@ _WORDS = {"size": _group(SIZES), "colour": _group(COLOURS), "shape": _group(SHAP
 
 def _pattern(template, **parts):
     """A template as a regular expression: its fields become groups, the rest is literal."""
-    return re.sub(r"\\\{(\w+)\\\}", lambda field: {**_WORDS, **parts}[field[1]], re.escape(template))
+    words = {**_WORDS, **parts}
+    return re.sub(r"\\\{(\w+)\\\}", lambda field: words[field[1]], re.escape(template))
 
 
 def parse(caption):
@@ -213,7 +214,7 @@ def apply_change(scene, sentence):
 # --- the grader ----------------------------------------------------------------------------------
 
 MAX_RESIDUAL = 0.08     # unexplained near a thing, as a share of its energy: more is unreadable
-MAX_STRAY = 0.20        # unexplained elsewhere, as a share of the energy of the faintest thing there is
+MAX_STRAY = 0.20        # unexplained elsewhere, as a share of the energy of the faintest thing
 MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it would have if clean
 
 
@@ -221,8 +222,8 @@ MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it 
 def _templates(size):
     """Every thing that can stand at each place, with jitter on a 5 x 5 grid, and its coverage.
 
-    Returns kinds, a list of (size name, shape); masks (9 places, kinds x 25, size * size); near (9, size *
-    size), the pixels that some thing at the place can cover; and the least squared coverage of any thing.
+    Returns kinds, a list of (size name, shape); masks (9 places, kinds x 25, size * size); near
+    (9, size * size), the pixels that some thing there can cover; the least squared coverage of any.
     """
     kinds = [(name, shape) for name in SIZES for shape in SHAPES]
     grid = np.linspace(-JITTER, JITTER, 5)
@@ -233,9 +234,9 @@ def _templates(size):
 
 
 def _best_thing(picture, below, above, place, size):
-    """The thing at `place` that best explains the picture (3, P), given what lies below and above it.
+    """The thing at `place` that best explains the picture (3, P), given what is below and above it.
 
-    With mask a, colour c and visibility w of the pixel, the model is below + w a (c - below) + above
+    With mask a, colour c and visibility w of a pixel, the model is below + w a (c - below) + above
     parts; its squared error is a quadratic in a, so two matrix products try every mask at once.
     Returns (thing, its mask, how much it lowers the squared error, its energy).
     """
@@ -256,18 +257,19 @@ def _best_thing(picture, below, above, place, size):
 
 
 def _explain(picture, background, size):
-    """The best one or two things on this background: (scene, squared error, squared error by thing)."""
+    """The best one or two things on this background: (fits, squared error of each pixel)."""
     flat = np.repeat(_rgb(BACKGROUNDS, background).reshape(3, 1), size * size, axis=1)
     nothing = np.zeros((1, size * size), np.float32), np.zeros_like(flat)
     alone = [_best_thing(picture, flat, nothing, place, size) for place in PLACES]
     present = [fit for fit in alone if fit[2] > MIN_PRESENCE * fit[3]]
     fits = sorted(sorted(present, key=lambda fit: -fit[2])[:2],
                   key=lambda fit: PLACES.index(fit[0].place))
-    if len(fits) == 2:                      # neighbours may overlap: fit each again, given the other
+    if len(fits) == 2:                      # neighbours may overlap: fit each again given the other
         for _ in range(2):
             lower, upper = fits
             hidden = upper[1][None]
-            fits[0] = _best_thing(picture, flat, (hidden, hidden * _paint(upper)), lower[0].place, size)
+            fits[0] = _best_thing(picture, flat, (hidden, hidden * _paint(upper)),
+                                  lower[0].place, size)
             under = flat * (1 - fits[0][1]) + _paint(fits[0]) * fits[0][1]
             fits[1] = _best_thing(picture, under, nothing, upper[0].place, size)
     canvas = flat
@@ -283,8 +285,8 @@ def _paint(fit):
 def grade(picture):
     """Picture (3, S, S) in [-1, 1] -> the scene it shows, or None where it is unreadable.
 
-    Deterministic analysis by synthesis: the scene whose rendering is nearest in squared error, if what
-    it leaves unexplained, near each thing and at each other place, is small against a thing's energy.
+    Deterministic analysis by synthesis: the scene whose rendering is nearest in squared error, if
+    what it leaves unexplained, near each thing and elsewhere, is small against a thing's energy.
     """
     picture = np.asarray(picture, np.float32)
     size = picture.shape[-1] if picture.ndim else 0
@@ -302,7 +304,8 @@ def grade(picture):
         elsewhere &= ~place
         if error[place].sum() > MAX_RESIDUAL * energy:
             return None
-    contrast = min(((_rgb(COLOURS, colour) - _rgb(BACKGROUNDS, name)) ** 2).sum() for colour in COLOURS)
+    contrast = min(((_rgb(COLOURS, colour) - _rgb(BACKGROUNDS, name)) ** 2).sum()
+                   for colour in COLOURS)
     for place in near:                      # a third thing, or half of one, must not go unnoticed
         if error[place & elsewhere].sum() > MAX_STRAY * contrast * least_area:
             return None

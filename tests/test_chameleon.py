@@ -1,0 +1,298 @@
+"""chameleon.py: mask, state machine and cache against loops; generation against no cache."""
+
+import math
+
+import pytest
+import torch
+
+import small
+from adapter import load
+
+chameleon, data = load("chameleon"), load("data")
+
+LAYOUT = small.LAYOUT["chameleon"]
+IMAGE, AUDIO = 1, 2
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return small.model("chameleon")
+
+
+def pack(*args, **options):
+    return small.pack("chameleon", *args, **options)
+
+
+def is_code(kind, i):
+    return i in range(*LAYOUT.codes[kind])
+
+
+# --- the idea ------------------------------------------------------------------------------------
+
+def test_attention_mask_against_a_triple_loop():
+    batch = pack(spans=[0, 6, 3, 0])
+    mask = chameleon.attention_mask(batch.document)
+    assert mask.shape == (2, 1, 36, 36)
+    assert torch.equal(mask[:, 0], small.reaches(batch, whole_spans=False))
+
+
+def test_z_loss_and_its_gradient_by_hand():
+    logits = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 4.0]], dtype=torch.float64,
+                          requires_grad=True)
+    log_z = [math.log(3), math.log(math.e + math.e ** 2 + math.e ** 4)]
+    loss = chameleon.z_loss(logits)
+    assert loss.tolist() == pytest.approx([z ** 2 for z in log_z])
+    loss.sum().backward()
+    for row, z, gradient in zip(logits.tolist(), log_z, logits.grad.tolist()):
+        assert gradient == pytest.approx([2 * z * math.exp(logit - z) for logit in row])
+
+
+def test_guide_goes_beyond_the_conditional_by_its_distance_from_the_unconditional():
+    c, u = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])
+    for guidance, expected in ((1, [3.0, 1.0]), (0, [1.0, 2.0]), (3, [7.0, -1.0])):
+        assert chameleon.guide(c, u, guidance).tolist() == expected
+
+
+def test_allow_against_a_loop_over_rows_and_ids():
+    states = [(kind, left, room) for kind, most in ((0, 0), (IMAGE, 4), (AUDIO, 2))
+              for left in range(most + 1) for room in range(1, 9)]
+    logits = torch.randn(len(states), LAYOUT.size)
+    found = chameleon.allow(logits, LAYOUT, *map(torch.tensor, zip(*states)))
+    for row, before, (kind, left, room) in zip(found, logits, states):
+        for i in range(LAYOUT.size):
+            if kind:
+                allowed = is_code(kind, i) if left else i == LAYOUT.end[kind]
+            else:
+                allowed = i < LAYOUT.text or i == LAYOUT.eos or any(
+                    i == LAYOUT.begin[k] and room >= small.POSITIONS[k] + 2 for k in (IMAGE, AUDIO))
+            assert row[i] == (before[i] if allowed else -math.inf)
+
+
+def test_choose_is_greedy_at_zero_and_else_samples_by_the_softmax():
+    logits = torch.tensor([[0.0, math.log(3.0), -math.inf]]).expand(20_000, 3)
+    assert (chameleon.choose(logits, 0) == 1).all()
+    for temperature, share in ((1.0, 3 / 4), (0.5, 9 / 10)):
+        chosen = chameleon.choose(logits, temperature)
+        error = 3 * (share * (1 - share) / len(chosen)) ** 0.5
+        assert (chosen == 1).float().mean().item() == pytest.approx(share, abs=error)
+        assert not (chosen == 2).any()
+
+
+# --- who sees whom -------------------------------------------------------------------------------
+
+def test_what_stands_at_j_changes_what_follows_it_in_its_document_and_nothing_else(model):
+    batch = pack()
+    before, reaches = small.hidden(model, batch), small.reaches(batch, whole_spans=False)
+    for b in range(2):
+        for j in range(36):
+            if batch.document[b, j]:
+                tokens = batch.tokens.clone()
+                tokens[b, j] = (tokens[b, j] + 1) % LAYOUT.size
+                changed = (small.hidden(model, batch._replace(tokens=tokens)) != before).any(-1)
+                assert torch.equal(changed[b], reaches[b, :, j]) and not changed[1 - b].any()
+
+
+def test_documents_packed_together_are_as_if_alone(model):
+    batch = pack()
+    together = small.hidden(model, batch)
+    for b, row in enumerate(small.ROWS):
+        for number, document in enumerate(row, 1):
+            alone = pack([[document]])
+            torch.testing.assert_close(
+                together[b, batch.document[b] == number],
+                small.hidden(model, alone)[0, alone.document[0] > 0], rtol=1e-5, atol=1e-5)
+
+
+def test_queries_and_keys_are_normalised_over_each_head(model):
+    x, attention = 100 * torch.randn(1, 5, 32), model.blocks[0].attention
+    rope = chameleon.rotary(torch.arange(5)[None], 16, 1e4)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    with torch.no_grad():
+        once = attention(x, rope, mask)
+        attention.qkv.weight[:64] *= 3              # q and k three times as long: no change
+        torch.testing.assert_close(attention(x, rope, mask), once, rtol=1e-5, atol=1e-4)
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+def test_the_loss_against_a_loop_over_positions(model):
+    batch = pack(spans=[0, 6, 3, 0])
+    loss, parts = model.loss(batch)
+    logits = model.head(model(batch)).double()
+    errors, z, right = {"text": [], "image": [], "audio": []}, [], []
+    for b in range(2):
+        for i in range(35):
+            if batch.document[b, i] == batch.document[b, i + 1] > 0:
+                following = batch.tokens[b, i + 1].item()
+                name = next((data.MODALITIES[kind] for kind in (IMAGE, AUDIO)
+                             if is_code(kind, following)), "text")
+                errors[name].append(-logits[b, i].log_softmax(-1)[following].item())
+                z.append(logits[b, i].logsumexp(-1).item() ** 2)
+                if name == "text":
+                    right.append(logits[b, i].argmax().item() == following)
+    for name in errors:
+        mean = sum(errors[name]) / len(errors[name])
+        assert parts[name].item() == pytest.approx(mean, rel=1e-5)
+    assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
+    assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
+    every = sum(errors.values(), [])
+    expected = sum(every) / len(every) + 1e-5 * sum(z) / len(z)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_z_loss_is_weighed_by_the_config(model):
+    batch = pack()
+    heavy = small.model("chameleon", z_loss=0.5)
+    (light_loss, parts), (heavy_loss, _) = model.loss(batch), heavy.loss(batch)
+    torch.testing.assert_close(heavy_loss - light_loss, (0.5 - 1e-5) * parts["log_z_squared"])
+
+
+def test_padding_does_not_change_the_loss(model):
+    loss, parts = model.loss(pack())
+    again, same = model.loss(pack(spans=[0, 6, 3, 0], length=40))
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=1e-6)
+    for name in parts:
+        torch.testing.assert_close(parts[name], same[name], rtol=1e-6, atol=1e-6)
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+def test_cached_equals_uncached_for_text_and_across_spans_in_rows_of_other_lengths(model):
+    documents = [[("text", "ab"), ("image", 0), ("text", "xy")],
+                 [("image", 1), ("text", "abcd"), ("image", 2), ("text", "zz")],
+                 [("audio", 1), ("text", "xyz.")]]
+    batch, starts = pack([[document] for document in documents], finished=False), [3, 9, 1]
+    expected = small.hidden(model, batch)
+    with torch.no_grad():
+        cache = chameleon.Cache(3, 40, "cpu")
+        model(pack([[document] for document in documents], finished=False), cache)
+        cache.lengths += torch.tensor(starts)       # of each row only so much is kept
+        for step in range(9):
+            at = torch.tensor(starts) + step
+            tokens = batch.tokens.gather(1, at[:, None])
+            model.extend(batch, cache, 0, (tokens + 1) % 256)           # looked at, not kept
+            found = model.extend(batch, cache, 1, tokens)[:, 0]
+            for b in range(3):
+                if batch.document[b, at[b]]:
+                    torch.testing.assert_close(found[b], expected[b, at[b]], rtol=1e-5, atol=1e-5)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+def uncached(model, ids):
+    """Logits after a row of ids, by the whole sequence."""
+    tokens = torch.tensor([ids])
+    kinds = [next((kind for kind in (IMAGE, AUDIO) if is_code(kind, i)), 0) for i in ids]
+    modality = torch.tensor([kinds])
+    order = modality.flatten().argsort(stable=True)
+    batch = data.Batch(tokens, tokens, modality, modality, torch.ones_like(tokens), order,
+                       order.argsort(), tuple(kinds.count(kind) for kind in range(4)),
+                       (None,) * 4, None, None)
+    with torch.no_grad():
+        return model.head(model(batch))[0, -1]
+
+
+def generate_naively(model, ids, size, spans, guidance):
+    """One row, greedy, without a cache: every step runs the whole sequence, and its null branch."""
+    ids, drawn = list(ids), 0
+    while len(ids) < size and ids[-1] != LAYOUT.eos:
+        begin = max((i for i, token in enumerate(ids) if token in LAYOUT.begin[1:3]), default=None)
+        inside = begin is not None and LAYOUT.end[LAYOUT.begin.index(ids[begin])] not in ids[begin:]
+        logits = uncached(model, ids)
+        if inside:
+            kind = LAYOUT.begin.index(ids[begin])
+            if drawn == spans:
+                break
+            null = uncached(model, [LAYOUT.bos, *ids[begin:]])
+            logits = null + guidance * (logits - null)
+            whole = len(ids) - begin - 1 == small.POSITIONS[kind]
+            allowed = [LAYOUT.end[kind]] if whole else range(*LAYOUT.codes[kind])
+            drawn += whole
+        else:
+            allowed = [*range(LAYOUT.text), LAYOUT.eos] + [
+                LAYOUT.begin[kind] for kind in (IMAGE, AUDIO)
+                if len(ids) + small.POSITIONS[kind] + 2 <= size]
+        ids.append(max(allowed, key=logits.tolist().__getitem__))
+    return ids + [LAYOUT.pad] * (size - len(ids))
+
+
+PROMPTS = [[("text", "ab"), ("image", None)], [("audio", None)], [],
+           [("image", 1), ("text", "what"), ("audio", 2), ("image", None)]]
+
+
+def rows_of(batch):
+    return [row[:length].tolist() for row, length in
+            zip(batch.tokens, (batch.document > 0).sum(1))]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("spans", [0, 1, 2])
+def test_greedy_text_and_codes_are_those_of_a_loop_without_a_cache(model, guidance, spans):
+    with torch.no_grad():           # begin spans now and then
+        model.head.weight[LAYOUT.begin[IMAGE]] *= 2.0
+    prompt = small.prompts("chameleon", PROMPTS)
+    tokens, latents = model.generate(prompt, 40, spans, guidance, code_temperature=0)
+    assert latents == [None] * 4
+    for found, start in zip(tokens.tolist(), rows_of(prompt)):
+        assert found == generate_naively(model, start, 40, spans, guidance)
+
+
+def test_guidance_one_is_no_guidance_and_never_asks_the_null_branch(model, monkeypatch):
+    prompt = small.prompts("chameleon", PROMPTS)
+
+    def generate(guidance, guide):
+        monkeypatch.setattr(chameleon, "guide", guide)
+        torch.manual_seed(3)
+        return model.generate(prompt, 30, guidance=guidance)[0]
+
+    unguided = generate(1.0, None)                      # None: a call would fail
+    assert torch.equal(unguided, generate(3.0, lambda c, u, guidance: c))
+    assert not torch.equal(unguided, generate(3.0, lambda c, u, guidance: u + guidance * (c - u)))
+
+
+def test_guidance_changes_codes_never_the_text(model):
+    prompt = small.prompts("chameleon", [[("text", "ab")], [], [("image", 1), ("text", "x")]])
+    one, three = (model.generate(prompt, 30, spans=0, guidance=guidance)[0] for guidance in (1, 3))
+    assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("likes", [(), LAYOUT.begin[1:3], LAYOUT.begin[1:2], (LAYOUT.eos,),
+                                   range(*LAYOUT.codes[AUDIO])])
+@pytest.mark.parametrize("spans", [0, 1, 3])
+def test_every_generated_row_is_text_and_whole_spans_that_fit(model, likes, spans):
+    model.head = small.Dice(LAYOUT, likes)
+    prompt = small.prompts("chameleon", [[("text", "ab")], [], [("image", 1), ("text", "xyz")]])
+    tokens, begun = model.generate(prompt, 30, spans, temperature=1.0)[0], []
+    for row, start in zip(tokens.tolist(), rows_of(prompt)):
+        assert row[:len(start)] == start
+        kinds = small.check_grammar(row, len(start), 30, spans, LAYOUT, is_code)
+        assert len(kinds) <= spans
+        begun += kinds
+    if LAYOUT.begin[IMAGE] in likes:
+        assert bool(begun) == (spans > 0)
+
+
+def test_rows_do_not_change_one_another(model):
+    together = model.generate(small.prompts("chameleon", PROMPTS), 36, code_temperature=0)[0]
+    for row, document in zip(together, PROMPTS):
+        prompt = small.prompts("chameleon", [document])
+        assert torch.equal(row, model.generate(prompt, 36, code_temperature=0)[0][0])
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+def test_an_untrained_model_predicts_nothing_yet():
+    _, parts = small.untrained("chameleon").loss(pack())
+    for name in ("text", "image", "audio"):
+        assert parts[name].item() == pytest.approx(math.log(LAYOUT.size), rel=1e-6)
+
+
+def test_one_batch_is_memorised():
+    batch = pack(spans=[0, 6, 3, 0])
+    loss, _ = small.memorise(small.untrained("chameleon"), batch)
+    assert loss < small.floor(small.ROWS, batch.targets >= 0) + 0.01

@@ -1,0 +1,399 @@
+"""train.py and sample.py: what they refuse, in one sentence; what they write; that runs repeat."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import small
+from adapter import ROOT, load
+
+data, sample, show, train = load("data"), load("sample"), load("show"), load("train")
+
+SYSTEMS = {"chameleon": ["chameleon"], "transfusion": ["transfusion"], "mot": ["mot"],
+           "mot-chameleon": ["mot", "--setting", "chameleon"]}
+BRIEF = ["--autoencoder-steps", "5", "--cases", "4", "--batch-size", "8"]
+FILES = {"checkpoint.pt", "metrics.jsonl", "report.json", "curves.png", "samples.png"}
+KEYS = {"arch", "setting", "data", "seed", "torch", "device", "parameters", "active_parameters",
+        "steps", "tokens", "flops", "wall_seconds", "tokens_per_second"}
+SCORES = {"generation_exact", "generation_exact_one", "generation_exact_two",
+          "generation_exact_heldout", "caption_exact", "boi_rate", "reconstruction_exact"}
+every_system = pytest.mark.parametrize("name", SYSTEMS)
+
+
+def call(main, *argv):
+    """Run a command line in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, argv)])
+        patch.setattr(train, "compiler_exists", lambda device: False)
+        sample.run(main)
+
+
+def write_folder(folder, count=6):
+    """Pictures of one colour each, named by it."""
+    folder.mkdir()
+    lines = []
+    for n in range(count):
+        Image.new("RGB", (32, 32), (40 * n, 0, 255 - 40 * n)).save(folder / f"{n}.png")
+        lines.append(json.dumps({"file_name": f"{n}.png", "text": f"number {n}"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of six pictures, below a working directory of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return write_folder(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A directory in which every system was trained for three steps on six pictures."""
+    place = tmp_path_factory.mktemp("runs")
+    write_folder(place / "pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for name, argv in SYSTEMS.items():
+            call(train.main, *argv, "--data", "pictures", "--out", name, "--steps", 3, *BRIEF)
+        call(train.main, "vqvae", "--data", "pictures", "--out", "vqvae", "--steps", 3,
+             "--batch-size", 4)
+    return place
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+def everything_below(place):
+    return {path: path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()}
+
+
+def refused(capsys, main, *argv, place="."):
+    """Assert exit code 2, one sentence, and nothing written; -> the sentence."""
+    before = everything_below(place)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(main, *argv)
+    out, sentence = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
+    assert "Traceback" not in out + sentence
+    assert everything_below(place) == before
+    return sentence
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["mott"], "mott"), ([], "arch"), (["mot", "--stesp", "5"], "--stesp"),
+    (["mot", "--steps", "many"], "many"), (["mot", "--step", "5"], "--step"),
+    (["mot", "--steps", "0"], "--steps"), (["mot", "--batch-size", "0"], "--batch-size"),
+    (["vqvae", "--steps", "-3"], "--steps"), (["mot", "--cases", "0"], "--cases"),
+    (["mot", "--setting", "vqvae"], "--setting"), (["mot", "--setting"], "--setting"),
+    (["mot", "--size", "huge"], "huge"), (["mot", "--device", "tpu"], "tpu"),
+    (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
+    (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
+    (["mot", "--data", "gone"], "gone"),
+])
+def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
+    # a folder and few steps matter only where a bad option is let through
+    brief = ["--data", folder, "--steps", 1] + (BRIEF if argv[:1] != ["vqvae"] else [])
+    assert named in refused(capsys, train.main, *argv[:1], *(brief if argv else []), *argv[1:])
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_named(folder, capsys, device):
+    if getattr(torch, "cuda" if device == "cuda" else "mps").is_available():
+        pytest.skip(f"this machine has {device}")
+    for arch in ("mot", "vqvae"):
+        sentence = refused(capsys, train.main, arch, "--data", folder, "--device", device)
+        assert f"--device {device}" in sentence
+
+
+def test_a_folder_without_pictures_is_named(folder, capsys):
+    (folder.parent / "empty").mkdir()
+    for arch in ("mot", "vqvae"):
+        assert "empty" in refused(capsys, train.main, arch, "--data", "empty")
+
+
+@pytest.mark.parametrize("line, named", [
+    ('{"file_name": "6.png", "text": "x"}', "6.png"), ("not json", "JSON"),
+    ('{"file_name": "broken.png", "text": "x"}', "broken.png"), ('{"text": "x"}', "file_name")])
+def test_a_bad_line_of_metadata_is_named(folder, capsys, line, named):
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with open(folder / "metadata.jsonl", "a") as metadata:
+        metadata.write(line)
+    sentence = refused(capsys, train.main, "mot", "--data", folder)
+    assert "metadata.jsonl, line 7" in sentence and named in sentence
+
+
+@pytest.mark.parametrize("out", ["pictures/0.png", "pictures/0.png/run"])
+@pytest.mark.parametrize("arch", ["mot", "vqvae"])
+def test_an_output_folder_that_cannot_be_written_is_named_before_anything_is_trained(
+        folder, capsys, out, arch):
+    sentence = refused(capsys, train.main, arch, "--data", folder, "--out", out,
+                       *(BRIEF if arch == "mot" else ["--steps", 3]))
+    assert out in sentence
+
+
+def test_a_caption_longer_than_the_sequence_is_named(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)             # where the autoencoder is trained already
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(train.main, "mot", "--data", "pictures", "--out", "short", "--steps", 1,
+             "--context", 20, *BRIEF)
+    sentence = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence.count("\n") == 1
+    assert "number" in sentence and "--context" in sentence
+    assert not (runs / "short").exists()
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["mot", "--out", "gone"], "gone"),                                 # no checkpoint there
+    (["mot", "--out", "transfusion"], "transfusion"),                   # of another architecture
+    (["transfusion", "--out", "vqvae"], "vqvae"),
+    (["mot", "--out", "mot-chameleon"], "chameleon"),                   # of another setting
+    (["mot", "--out", "mot", "--width", "64"], "64"),                   # of another size
+    (["mot", "--out", "mot", "--autoencoder-steps", "6"], "autoencoder"),
+    (["mot", "--out", "mot", "--seed", "1"], "mot"),                    # so, another autoencoder
+])
+def test_a_checkpoint_that_another_run_wrote_is_not_resumed(
+        runs, folder, capsys, argv, named):
+    out = argv[2]
+    for part in ("runs", *({out} & {path.name for path in runs.iterdir()})):
+        shutil.copytree(runs / part, folder.parent / part)
+    before = everything_below(out)
+    with pytest.raises(SystemExit) as stopped:
+        call(train.main, argv[0], "--data", "pictures", "--steps", 4, *BRIEF, *argv[1:], "--resume")
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and sentence.startswith("error: ") and named in sentence
+    assert everything_below(out) == before
+
+
+class Malice:
+    def __reduce__(self):
+        return Path.touch, (Path("it-ran"),)
+
+
+def bad_checkpoints(place):
+    torch.save({"weights": torch.zeros(3)}, place / "foreign.pt")
+    torch.save([1, 2], place / "list.pt")
+    torch.save({"format": 1, "arch": "unheard of"}, place / "other.pt")
+    torch.save({"format": sample.FORMAT + 1}, place / "newer.pt")
+    torch.save({"format": 1, "arch": Malice()}, place / "malice.pt")
+    (place / "pickle.pt").write_bytes(pickle.dumps(Malice()))
+    (place / "garbage.pt").write_bytes(b"not a checkpoint at all" * 50)
+    (place / "empty.pt").write_bytes(b"")
+    (place / "directory").mkdir()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["gone", "gone.pt", "directory", "empty.pt", "garbage.pt",
+                                  "foreign.pt", "list.pt", "other.pt", "newer.pt", "malice.pt",
+                                  "pickle.pt"])
+def test_what_is_no_checkpoint_is_named_and_no_code_in_it_runs(folder, capsys, name):
+    bad_checkpoints(folder.parent)
+    assert name in refused(capsys, sample.main, name, "a prompt")
+    assert not Path("it-ran").exists()
+
+
+def test_a_cut_checkpoint_is_named(runs, tmp_path, capsys):
+    whole = (runs / "mot" / "checkpoint.pt").read_bytes()
+    for part in (len(whole) // 2, len(whole) - 10):
+        (tmp_path / "cut.pt").write_bytes(whole[:part])
+        assert "cut.pt" in refused(capsys, sample.main, tmp_path / "cut.pt", "x", place=tmp_path)
+
+
+def test_an_autoencoder_is_not_talked_to(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    assert "autoencoder" in refused(capsys, sample.main, "vqvae", "a prompt")
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["mot", "--image", "gone.png"], "gone.png"),
+    (["mot", "--image", "pictures/metadata.jsonl"], "metadata.jsonl"),
+    (["mot", "a prompt", "--image", "pictures/0.png"], "--image"),
+    (["mot", "a prompt", "--out", "gone/picture.png"], "gone"),
+    (["mot", "a prompt", "--out", "picture.docx"], "picture.docx"),
+    (["mot", "a prompt", "--out", "pictures"], "pictures"),
+    (["mot", "--out", "pictures"], "pictures"),
+    (["mot", "a prompt", "--device", "tpu"], "tpu"), ([], "run"),
+    (["mot", "a prompt", "--guidence", "2"], "--guidence"),
+])
+def test_what_sample_cannot_do_is_named(runs, capsys, monkeypatch, argv, named):
+    monkeypatch.chdir(runs)
+    assert named in refused(capsys, sample.main, *argv)
+
+
+def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "mott"], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@every_system
+def test_a_run_writes_its_files_and_its_report(runs, name):
+    run, report = runs / name, json.loads((runs / name / "report.json").read_text())
+    assert FILES | {"transcript.md"} <= {path.name for path in run.iterdir()}
+    assert KEYS <= report.keys()
+    assert (report["arch"], report["steps"]) == (SYSTEMS[name][0], 3)
+    assert report["active_parameters"] <= report["parameters"]
+    for score in ("caption_token_accuracy", "caption_exact"):
+        assert 0 <= report[score] <= 1 and report[f"{score}_n"] == 1
+    assert report["reconstruction_psnr"] > 0 and report["reconstruction_psnr_n"] == 1
+    assert [row["step"] for row in metrics(run)] == [3]
+    assert all(np.isfinite(row["loss"]) for row in metrics(run))
+    for picture in ("curves.png", "samples.png"):
+        with Image.open(run / picture) as image:
+            assert min(image.size) > 200
+
+
+def test_vqvae_writes_its_files_and_its_report(runs):
+    report = json.loads((runs / "vqvae" / "report.json").read_text())
+    assert FILES <= {path.name for path in (runs / "vqvae").iterdir()} and KEYS <= report.keys()
+    assert 0 < report["codes_used"] <= 1 <= report["perplexity"] <= 512
+
+
+def test_one_autoencoder_of_each_kind_is_trained_and_shared(runs):
+    assert len(list((runs / "runs").glob("vqvae-kl-*"))) == 1
+    assert len(list((runs / "runs").glob("vqvae-vq-*"))) == 1
+
+
+@every_system
+def test_a_checkpoint_holds_tensors_and_plain_values_alone(runs, name):
+    saved = torch.load(runs / name / "checkpoint.pt", weights_only=True)
+    assert saved["arch"] == SYSTEMS[name][0] and saved["step"] == 3
+
+
+def test_mot_has_more_parameters_than_its_host_and_as_many_active_ones(runs):
+    def report(name):
+        return json.loads((runs / name / "report.json").read_text())
+    for host, name in (("transfusion", "mot"), ("chameleon", "mot-chameleon")):
+        assert report(name)["parameters"] > 1.3 * report(host)["parameters"]
+        assert report(name)["active_parameters"] == report(host)["active_parameters"]
+        assert report(name)["flops"] == report(host)["flops"]
+
+
+@every_system
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_sample_writes_a_picture_a_caption_and_a_document(
+        runs, tmp_path, name, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call(sample.main, runs / name, "number 1")
+    with Image.open("sample.png") as picture:
+        assert picture.mode == "RGB" and picture.width == picture.height
+    capsys.readouterr()
+    call(sample.main, runs / name / "checkpoint.pt", "--image", runs / "pictures" / "0.png")
+    assert capsys.readouterr().out.endswith("\n")
+    call(sample.main, runs / name, "--out", "story.md")
+    story = Path("story.md").read_text(encoding="utf-8")
+    for picture in tmp_path.glob("story-*.png"):
+        assert f"({picture.name})" in story
+    with Image.open("sample.png") as before:
+        pixels = np.asarray(before)
+    call(sample.main, runs / name, "number 1", "--out", "again.png")
+    with Image.open("again.png") as after:
+        assert np.array_equal(pixels, np.asarray(after))
+
+
+def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2", *BRIEF],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "runs" / "mot" / "report.json").read_text())
+    assert KEYS | SCORES | {f"{name}_n" for name in SCORES} <= report.keys()
+    assert report["reconstruction_psnr"] > 0 and report["reconstruction_psnr_n"] >= 4
+    for name in SCORES:
+        assert 0 <= report[name] <= 1 and report[f"{name}_n"] >= 4
+    assert (report["setting"], report["data"], report["seed"]) == ("transfusion", "shapes", 0)
+    assert FILES | {"transcript.md"} <= {path.name for path in (tmp_path / "runs/mot").iterdir()}
+
+
+def test_curves_are_drawn_although_a_noise_level_was_never_met(tmp_path):
+    row = {"step": 1, "loss": 2.0, "lr": 0.1, "seconds": 1.0, "gradient_norm": 1.0, "text": 1.0,
+           "image": None, "image_noise_0": None, "image_noise_1": 1.0, "text_accuracy": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    show.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "title")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# --- runs repeat ---------------------------------------------------------------------------------
+
+def losses(run):
+    return [{name: value for name, value in row.items() if name != "seconds"}
+            for row in metrics(run)]
+
+
+@pytest.mark.parametrize("name", ["mot", "chameleon"])
+def test_two_runs_with_one_seed_have_the_same_losses(runs, name, monkeypatch):
+    monkeypatch.chdir(runs)
+    call(train.main, *SYSTEMS[name], "--data", "pictures", "--out", f"{name}-again", "--steps", 3,
+         *BRIEF)
+    assert losses(runs / f"{name}-again") == losses(runs / name)
+
+
+def test_resume_goes_on_from_the_last_step(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    arguments = ["transfusion", "--data", "pictures", "--out", "longer", *BRIEF]
+    call(train.main, *arguments, "--steps", 2)
+    call(train.main, *arguments, "--steps", 4, "--resume")
+    assert [row["step"] for row in metrics(runs / "longer")] == [2, 4]
+    assert json.loads((runs / "longer" / "report.json").read_text())["steps"] == 4
+
+
+def trainer(setting, tmp_path, seed):
+    """A trainer of a small model on six pictures and sounds."""
+    documents = [[("text", word), ("image", n)]
+                 for n, word in enumerate(("red", "or", "green", "or", "blue", "x"))]
+    batches = data.Batches(data.Corpus(documents, {}), small.TOKENIZER, small.LAYOUT[setting],
+                           small.signals(setting), small.POSITIONS, rows=4, length=32)
+    config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, ema=0.9)
+    torch.manual_seed(seed)
+    return train.Trainer(small.randomise(small.untrained(setting, (0, 1, 2, 3)), seed), batches,
+                         config, torch.device("cpu"), tmp_path, compiled=False)
+
+
+@pytest.mark.parametrize("setting", small.SETTINGS)
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(setting, tmp_path):
+    straight = trainer(setting, tmp_path, seed=0)
+    expected = [straight.train_step()["loss"] for _ in range(8)]
+    stopped = trainer(setting, tmp_path, seed=0)
+    found = [stopped.train_step()["loss"] for _ in range(4)]
+    torch.save(stopped.state(), tmp_path / "checkpoint.pt")
+    resumed = trainer(setting, tmp_path, seed=1)
+    resumed.resume(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    found += [resumed.train_step()["loss"] for _ in range(4)]
+    assert found == expected and len(set(expected)) == 8
+    for part in ("model", "averaged"):
+        one, other = (getattr(t, part).state_dict() for t in (straight, resumed))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_hundredth(tmp_path):
+    rates, run = [], trainer("transfusion", tmp_path, seed=0)
+    run.config = train.TrainConfig(steps=100, lr=2.0, warmup=10)
+    for run.step in range(101):
+        rates.append(run.learning_rate())
+    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
+    assert rates[10] == 2.0 and rates[100] == pytest.approx(0.02)
+    assert rates[55] == pytest.approx(2 * 0.505) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_looking_at_samples_does_not_change_the_training(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(show, "sheet", lambda *arguments, **options: torch.rand(1))
+    call(train.main, "transfusion", "--data", "pictures", "--out", "blind", "--steps", 3, *BRIEF)
+    assert losses(runs / "blind") == losses(runs / "transfusion")

@@ -1,0 +1,273 @@
+"""mot.py: with copied weights it is the dense model; else only its routing differs, by modality."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import small
+from adapter import load
+
+mot = load("mot")
+
+IMAGE, AUDIO = 1, 2
+EVERY = (0, 1, 2, 3)
+PROMPTS = [[("text", "ab"), ("image", None)], [("audio", None)], [],
+           [("image", 1), ("text", "what"), ("audio", 2), ("image", None)]]
+TEXT = [[[("text", "only words")], [("text", "here")]], [[("text", "and here")]]]
+PICTURES = [[[("text", "a"), ("image", 0)]], [[("image", 2), ("text", "bc")]]]
+
+both = pytest.mark.parametrize("setting", small.SETTINGS)
+
+
+def towers_of(name):
+    """(name of a parameter without its copy, number of the copy or None)."""
+    before, copies, after = name.partition(".copies.")
+    number, _, after = after.partition(".")
+    return (f"{before}.{after}", int(number)) if copies else (name, None)
+
+
+def pair(setting, **options):
+    """A dense host and MoT with its weights copied."""
+    dense, mixture = small.model(setting), small.model(setting, EVERY, **options)
+    mixture.copy_from_dense(dense)
+    return dense, mixture
+
+
+def losses(model, batch):
+    torch.manual_seed(0)
+    loss, parts = model.loss(batch)
+    return {"loss": loss, **parts}
+
+
+# --- the idea ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("towers", [(0, 1, 2, 3), (0, 1, 1, 1), (0, 1, 2, 2), (0, 0, 0, 0)])
+@pytest.mark.parametrize("sizes", [(5, 3, 2, 1), (4, 0, 2, 0), (0, 3, 0, 0)])
+def test_untied_against_a_loop_over_positions(towers, sizes):
+    untied = small.randomise(mot.Untied(torch.nn.Linear(6, 4), towers))
+    kinds = [kind for kind, size in enumerate(sizes) for _ in range(size)]
+    x = torch.randn(len(kinds), 6)
+    found = untied(x, sizes)
+    for i, kind in enumerate(kinds):
+        copy = untied.copies[towers[kind]]
+        torch.testing.assert_close(found[i], copy.weight @ x[i] + copy.bias)
+
+
+def test_the_copies_of_untied_start_alike_and_are_copies():
+    linear = torch.nn.Linear(6, 4)
+    untied = mot.Untied(linear, (0, 1, 2, 2))
+    assert len(untied.copies) == 3
+    for copy in untied.copies:
+        assert torch.equal(copy.weight, linear.weight)
+    with torch.no_grad():
+        untied.copies[1].weight += 1
+    assert torch.equal(untied.copies[0].weight, linear.weight)
+    assert torch.equal(untied.copies[2].weight, linear.weight)
+
+
+def test_permute_is_indexing_and_has_its_gradient():
+    torch.manual_seed(0)
+    order = torch.randperm(7)
+    x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 2, 3, dtype=torch.float64)
+    permuted = mot.Permute.apply(x, order, order.argsort())
+    assert torch.equal(permuted, x[order])
+    found, = torch.autograd.grad((permuted ** 2 * weight).sum(), x)
+    expected, = torch.autograd.grad((x[order] ** 2 * weight).sum(), x)
+    assert torch.equal(found, expected)
+    assert torch.autograd.gradcheck(lambda y: mot.Permute.apply(y, order, order.argsort()), x)
+
+
+# --- MoT with copied weights is the dense model --------------------------------------------------
+
+@both
+@pytest.mark.parametrize("spans", [None, [0, 6, 3, 0]], ids=["as many as there are", "padded"])
+def test_with_copied_weights_it_is_the_dense_model(setting, spans):
+    dense, mixture = pair(setting)
+    batch = small.pack(setting, spans=spans)
+    torch.testing.assert_close(small.hidden(mixture, batch), small.hidden(dense, batch),
+                               rtol=1e-5, atol=1e-5)
+    expected, found = losses(dense, batch), losses(mixture, batch)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5,
+                                   equal_nan=True)
+
+
+@both
+def test_with_copied_weights_its_gradients_add_up_to_the_dense_models(setting):
+    dense, mixture = pair(setting)
+    batch, total = small.pack(setting), {}
+    for model in (dense, mixture):
+        losses(model, batch)["loss"].backward()
+    for name, parameter in mixture.named_parameters():
+        if parameter.grad is not None:
+            name, _ = towers_of(name)
+            total[name] = total.get(name, 0) + parameter.grad
+    for name, parameter in dense.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(total.pop(name), parameter.grad, rtol=1e-4, atol=1e-5)
+    assert not total
+
+
+@both
+def test_with_copied_weights_it_generates_what_the_dense_model_does(setting):
+    dense, mixture = pair(setting)
+    options = {"code_temperature": 0} if setting == "chameleon" else {"steps": 3}
+    results = []
+    for model in (dense, mixture):
+        torch.manual_seed(0)
+        results.append(model.generate(small.prompts(setting, PROMPTS), 40, guidance=2.0, **options))
+    (tokens, latents), (same, others) = results
+    assert torch.equal(tokens, same)
+    for x, y in zip(latents, others):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_an_untrained_mixture_is_the_dense_host_untrained(setting):
+    dense, mixture = small.untrained(setting), small.untrained(setting, EVERY)
+    weights = dense.state_dict()
+    for name, value in mixture.state_dict().items():
+        assert torch.equal(value, weights[towers_of(name)[0]]), name
+
+
+@both
+def test_it_costs_the_flops_of_the_dense_model_forward_and_backward(setting):
+    batch, flops = small.pack(setting, spans=[0, 6, 3, 0]), []
+    for model in (small.model(setting), small.model(setting, EVERY)):
+        counts = []
+        with FlopCounterMode(display=False) as counter:
+            loss = model.loss(batch)[0]
+            counts.append(counter.get_total_flops())
+            loss.backward()
+            counts.append(counter.get_total_flops())
+        flops.append(counts)
+    assert flops[0] == flops[1] and flops[0][0] > 0
+
+
+# --- routing by modality -------------------------------------------------------------------------
+
+@both
+@pytest.mark.parametrize("rows, present", [(TEXT, {0}), (PICTURES, {0, IMAGE}),
+                                           (small.ROWS, {0, IMAGE, AUDIO})])
+def test_a_tower_gets_a_gradient_if_and_only_if_its_modality_is_in_the_batch(
+        setting, rows, present):
+    model = small.model(setting, EVERY)
+    losses(model, small.pack(setting, rows))["loss"].backward()
+    for name, parameter in model.named_parameters():
+        part, tower = towers_of(name)
+        if tower is not None:
+            has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+            assert has_gradient == (tower in present), name
+
+
+def scramble(model, tower):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if towers_of(name)[1] == tower:
+                parameter += torch.randn_like(parameter)
+
+
+@both
+def test_another_modalitys_tower_changes_nothing_for_text_alone(setting):
+    model, batch = small.model(setting, EVERY), small.pack(setting, TEXT)
+    before = losses(model, batch)
+    for tower in (IMAGE, AUDIO):
+        scramble(model, tower)
+    after = losses(model, batch)
+    for name in before:         # nan: of the pictures that are not there
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@both
+def test_the_image_tower_changes_images_and_what_sees_them_and_nothing_else(setting):
+    model, batch = small.model(setting, EVERY), small.pack(setting)
+    before = small.hidden(model, batch)
+    scramble(model, IMAGE)
+    changed = (small.hidden(model, batch) != before).any(-1)
+    for b in range(2):
+        for i in range(36):
+            sees_image = any(batch.modality[b, j] == IMAGE
+                             and batch.document[b, j] == batch.document[b, i] > 0
+                             and (j <= i or batch.modality[b, i] == IMAGE)
+                             for j in range(36))
+            if batch.document[b, i]:
+                assert changed[b, i] == sees_image, (b, i)
+
+
+@both
+def test_attention_is_global_words_hear_of_the_picture_and_it_of_them(setting):
+    model = small.model(setting, EVERY)
+    one = small.pack(setting, [[[("text", "a"), ("image", 0), ("text", "b")]]])
+    word = small.pack(setting, [[[("text", "z"), ("image", 0), ("text", "b")]]])
+    picture = small.pack(setting, [[[("text", "a"), ("image", 1), ("text", "b")]]])
+    hidden = [small.hidden(model, batch)[0, :10] for batch in (one, word, picture)]
+    assert (hidden[0] != hidden[1])[3:7].any(-1).all()      # the word changes the picture
+    assert (hidden[0] != hidden[2])[8:].any(-1).all()       # the picture changes what follows
+
+
+# --- towers and what is untied -------------------------------------------------------------------
+
+@both
+def test_towers_may_be_shared(setting):
+    dense = small.model(setting)
+    for towers, copies in ((EVERY, 3), ((0, 1, 1, 1), 2), ((0, 0, 0, 0), 1)):
+        model = small.model(setting, towers)
+        numbers = {towers_of(name)[1] for name, _ in model.named_parameters()} - {None}
+        assert numbers == set(range(copies))
+        count = {number: 0 for number in (None, *range(copies))}
+        for name, parameter in model.named_parameters():
+            count[towers_of(name)[1]] += parameter.numel()
+        assert len(set(count[number] for number in range(copies))) == 1
+        assert count[None] + count[0] == sum(p.numel() for p in dense.parameters())
+
+
+@both
+def test_with_one_tower_for_all_it_is_a_dense_model(setting):
+    model, dense = small.model(setting, (0, 0, 0, 0)), small.untrained(setting)
+    weights = {towers_of(name)[0]: value for name, value in model.state_dict().items()}
+    dense.load_state_dict(weights)
+    batch = small.pack(setting)
+    torch.testing.assert_close(small.hidden(model, batch), small.hidden(dense.eval(), batch),
+                               rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("untie, expected", [
+    (("ffn",), {"ffn"}), (("attention",), {"attention"}),
+    (("norm",), {"attention_norm", "ffn_norm", "norm"}), ((), set())])
+def test_untie_unties_that_part_alone(setting, untie, expected):
+    dense, model = pair(setting, untie=untie)
+    untied = {name.split(".")[2 if name.startswith("blocks.") else 0]
+              for name, _ in model.named_parameters() if towers_of(name)[1]}
+    assert untied == expected
+    batch = small.pack(setting)
+    torch.testing.assert_close(small.hidden(model, batch), small.hidden(dense, batch),
+                               rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_only_non_embedding_weights_are_untied(setting):
+    tied = {towers_of(name)[0].split(".")[0]
+            for name, _ in small.model(setting, EVERY).named_parameters()
+            if towers_of(name)[1] is None}
+    assert {"token_embedding", "head"} <= tied
+    assert not tied & {"blocks", "norm"}
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+@both
+def test_one_batch_is_memorised(setting):
+    batch = small.pack(setting, spans=[0, 6, 3, 0])
+    loss, parts = small.memorise(small.untrained(setting, EVERY), batch)
+    if setting == "chameleon":
+        assert loss < small.floor(small.ROWS, batch.targets >= 0) + 0.01
+        return
+    from_text = (batch.targets >= 0) & (batch.modality == 0)
+    assert parts["text"] < small.floor(small.ROWS, from_text) + 0.01
+    assert parts["image"] < 0.02 and parts["audio"] < 0.02
+    assert math.isfinite(loss)

@@ -1,0 +1,444 @@
+"""transfusion.py: its mask, its noise and its cache against loops; generation against no cache."""
+
+import math
+
+import pytest
+import torch
+
+import small
+from adapter import load
+
+data, transfusion = load("data"), load("transfusion")
+
+LAYOUT = small.LAYOUT["transfusion"]
+IMAGE, AUDIO = 1, 2
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return small.model("transfusion")
+
+
+def pack(*args, **options):
+    return small.pack("transfusion", *args, **options)
+
+
+# --- the idea ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spans", [None, [0, 6, 3, 0]], ids=["as many as there are", "padded"])
+def test_attention_mask_against_a_triple_loop(spans):
+    batch = pack(spans=spans)
+    mask = transfusion.attention_mask(batch.span, batch.document)
+    assert mask.shape == (2, 1, 36, 36)
+    assert torch.equal(mask[:, 0], small.reaches(batch, whole_spans=True))
+
+
+def test_attention_mask_of_the_papers_figure():
+    span = torch.tensor([[0, 0, 1, 1, 0, 2, 2]])
+    mask = transfusion.attention_mask(span, torch.ones_like(span))[0, 0]
+    assert ["".join("#" if x else "." for x in row) for row in mask] == [
+        "#......", "##.....", "####...", "####...", "#####..", "#######", "#######"]
+
+
+def test_add_noise_goes_straight_from_data_to_noise_at_its_velocity():
+    x_0, noise = torch.tensor([2.0, -1.0]), torch.tensor([4.0, 3.0])
+    for t, x_t in ((0.0, [2.0, -1.0]), (0.25, [2.5, 0.0]), (1.0, [4.0, 3.0])):
+        found, velocity = transfusion.add_noise(x_0, noise, torch.tensor(t))
+        assert found.tolist() == x_t and velocity.tolist() == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.8])
+def test_sample_times_are_logit_normal(mean):
+    t = transfusion.sample_times(100_000, mean, "cpu")
+    logit = (t / (1 - t)).log()
+    assert 0 < t.min() and t.max() < 1
+    assert logit.mean().item() == pytest.approx(mean, abs=0.01)     # three standard errors
+    assert logit.std().item() == pytest.approx(1, abs=0.007)
+
+
+def test_guide_goes_beyond_the_conditional_by_its_distance_from_the_unconditional():
+    c, u = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])
+    for guidance, expected in ((1, [3.0, 1.0]), (0, [1.0, 2.0]), (3, [7.0, -1.0])):
+        assert transfusion.guide(c, u, guidance).tolist() == expected
+
+
+def test_patchify_cuts_in_raster_order_and_unpatchify_undoes_it():
+    x = torch.randn(3, 5, 4, 6)
+    patches = transfusion.patchify(x, 2)
+    assert patches.shape == (3, 6, 20)
+    for n, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        square = x[:, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2]
+        assert torch.equal(patches[:, n], square.flatten(1))
+    assert torch.equal(transfusion.unpatchify(patches, (5, 4, 6), 2), x)
+
+
+def test_rotate_keeps_norms_and_products_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 3, 16).expand(2, 1, 9, 3, 16)
+
+    def product(start_q, start_k):
+        turned = [transfusion.rotate(x, transfusion.rotary(start + torch.arange(9)[None], 16, 1e4))
+                  for x, start in ((q, start_q), (k, start_k))]
+        torch.testing.assert_close(turned[0].norm(dim=-1), q.norm(dim=-1))
+        return (turned[0] * turned[1]).sum(-1)
+
+    near = product(0, 5)
+    torch.testing.assert_close(near, near[:, :1].expand_as(near), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(near, product(70, 75), rtol=1e-4, atol=1e-4)
+    assert (near - product(0, 6)).abs().min() > 1e-2
+    torch.testing.assert_close(product(0, 0), (q * k).sum(-1))
+
+
+# --- who sees whom -------------------------------------------------------------------------------
+
+def perturbed(batch, b, j):
+    """The batch with what stands at position j of row b changed."""
+    kind = batch.modality[b, j].item()
+    if kind == 0:
+        tokens = batch.tokens.clone()
+        tokens[b, j] = (tokens[b, j] + 1) % 256
+        return batch._replace(tokens=tokens)
+    block = batch.order[sum(batch.sizes[:kind]):][:batch.sizes[kind]]
+    place = (block == b * batch.tokens.shape[1] + j).nonzero().item()
+    patches = transfusion.patchify(batch.signals[kind], 2)
+    patches[divmod(place, small.POSITIONS[kind])] += 1
+    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], 2)
+    return batch._replace(signals=tuple(latents if k == kind else x
+                                        for k, x in enumerate(batch.signals)))
+
+
+def test_what_stands_at_j_changes_what_follows_and_its_own_span_and_nothing_else(model):
+    batch = pack(spans=[0, 6, 3, 0])
+    before, reaches = small.hidden(model, batch), small.reaches(batch, whole_spans=True)
+    for b in range(2):
+        for j in range(36):
+            if batch.document[b, j]:
+                after = small.hidden(model, perturbed(batch, b, j))
+                changed = (after != before).any(-1)
+                assert torch.equal(changed[b], reaches[b, :, j]) and not changed[1 - b].any()
+
+
+def test_documents_packed_together_are_as_if_alone(model):
+    batch = pack()
+    together, all_times = small.hidden(model, batch), small.times(batch)
+    drawn = [0, 0, 0, 0]
+    for b, row in enumerate(small.ROWS):
+        for number, document in enumerate(row, 1):
+            alone = pack([[document]])
+            times = [None] * 4
+            for kind in (IMAGE, AUDIO):
+                if alone.signals[kind] is not None:
+                    start, drawn[kind] = drawn[kind], drawn[kind] + len(alone.signals[kind])
+                    times[kind] = all_times[kind][start:drawn[kind]]
+            with torch.no_grad():
+                expected = model(alone, times)[0, alone.document[0] > 0]
+            torch.testing.assert_close(together[b, batch.document[b] == number], expected,
+                                       rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_in_padding_changes_nothing(model):
+    batch = pack(spans=[0, 6, 3, 0])
+    before, padding = small.hidden(model, batch), batch.document == 0
+    tokens = batch.tokens.masked_fill(padding & (batch.modality == 0), 7)
+    latents = [x if x is None else x + 5 * (real == 0)[:, None, None, None]
+               for x, real in zip(batch.signals, batch.real)]
+    after = small.hidden(model, batch._replace(tokens=tokens, signals=tuple(latents)))
+    assert torch.equal(before[~padding], after[~padding])
+    assert before.isfinite().all()
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Times and noise that do not depend on how many spans there are; gives what add_noise saw."""
+    seen, add_noise = [], transfusion.add_noise
+
+    def recorded(x_0, noise, t):
+        seen.append((x_0, t, *add_noise(x_0, x_0.roll(1, -1), t)))
+        return seen[-1][2:]
+
+    monkeypatch.setattr(transfusion, "add_noise", recorded)
+    monkeypatch.setattr(transfusion, "sample_times",
+                        lambda count, *_: torch.full((count,), 0.8))
+    return seen
+
+
+def test_the_loss_is_next_token_plus_five_times_diffusion(model):
+    for weight, same in ((5.0, model), (2.0, small.model("transfusion", diffusion_weight=2.0))):
+        loss, parts = same.loss(pack())
+        torch.testing.assert_close(
+            loss, parts["text"] + weight * (parts["image"] + parts["audio"]))
+
+
+def test_the_text_loss_against_a_loop_over_positions(model, by_hand):
+    batch = pack(spans=[0, 6, 3, 0])
+    loss, parts = model.loss(batch)
+    noisy = tuple(None if x is None else by_hand.pop(0)[2] for x in batch.signals)
+    limited = [x if x is None else torch.where(shown, 0.0, 0.8)
+               for x, shown in zip(batch.signals, batch.shown)]
+    logits = model.head(model(batch._replace(signals=noisy), limited)).double()
+    errors, right = [], []
+    for b in range(2):
+        for i in range(36):
+            following = batch.tokens[b, i + 1].item() if i < 35 else LAYOUT.pad
+            same = i < 35 and batch.document[b, i] == batch.document[b, i + 1] > 0
+            if same and following != LAYOUT.pad and batch.modality[b, i] == 0:
+                errors.append(-logits[b, i].log_softmax(-1)[following])
+                right.append(float(logits[b, i].argmax() == following))
+    assert parts["text"].item() == pytest.approx(sum(errors).item() / len(errors), rel=1e-5)
+    assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("off, expected", [(0.0, 0.0), (0.5, 0.25)])
+def test_a_velocity_that_is_off_by_c_costs_c_squared(model, by_hand, off, expected):
+    class Exact(torch.nn.Module):
+        def __init__(self, place):
+            super().__init__()
+            self.place = place
+
+        def forward(self, hidden):
+            return transfusion.patchify(by_hand[self.place][3], 2).flatten(0, 1) + off
+
+    model.patch_out[IMAGE], model.patch_out[AUDIO] = Exact(0), Exact(1)
+    loss, parts = model.loss(pack(spans=[0, 6, 3, 0]))
+    assert parts["image"].item() == parts["audio"].item() == expected
+    assert loss.item() == pytest.approx(parts["text"].item() + 2 * 5 * expected, rel=1e-6)
+    for t in (parts[name] for name in parts if "noise_" in name):
+        assert t.isnan() or t == expected
+
+
+def test_padding_does_not_change_the_loss(model, by_hand):
+    loss, parts = model.loss(pack())
+    for spans in ([0, 6, 3, 0], [0, 4, 4, 0]):
+        padded = pack(spans=spans)
+        assert (padded.real[IMAGE] == 0).any() or (padded.real[AUDIO] == 0).any()
+        again, same = model.loss(padded)
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=1e-6)
+        for name in parts:
+            torch.testing.assert_close(parts[name], same[name], rtol=1e-6, atol=1e-6,
+                                       equal_nan=True)
+
+
+def test_the_loss_by_noise_level_is_that_of_its_spans_alone(model, by_hand, monkeypatch):
+    t = torch.tensor([0.1, 0.3, 0.4, 0.9])
+    monkeypatch.setattr(transfusion, "sample_times", lambda count, *_: t[:count].clone())
+    rows = [[[("text", "a"), ("image", n)] for n in range(3)], [[("text", "b"), ("image", 3)]]]
+    _, parts = model.loss(pack(rows, length=40))
+    assert parts["image_noise_2"].isnan()
+    mean = (parts["image_noise_0"] + 2 * parts["image_noise_1"] + parts["image_noise_3"]) / 4
+    torch.testing.assert_close(mean, parts["image"])
+
+
+def test_a_picture_that_precedes_its_words_is_half_noised_in_training_and_clean_in_eval(
+        model, by_hand):
+    batch = pack()
+    for training, limit in ((True, 0.5), (False, 0.0)):
+        by_hand.clear()
+        model.train(training).loss(batch)
+        for (_, t, *_), kind in zip(by_hand, (IMAGE, AUDIO)):
+            shown = batch.shown[kind]
+            assert shown.any() and not shown.all()
+            torch.testing.assert_close(t.flatten(), torch.where(shown, limit * 0.8, 0.8))
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+def test_cached_equals_uncached_for_text_and_across_spans_in_rows_of_other_lengths(model):
+    table = small.signals("transfusion")
+    prompt = small.prompts("transfusion", [[("text", "ab"), ("image", None)],
+                                           [("image", 1), ("text", "abcd"), ("image", None)],
+                                           [("image", None)]])
+    x_t, lengths = torch.randn(3, *LAYOUT.shapes[IMAGE]), (prompt.document > 0).sum(1)
+    with torch.no_grad():
+        cache = transfusion.Cache(3, 40, "cpu")
+        clean = [x if x is None else torch.zeros(len(x)) for x in prompt.signals]
+        first = model(prompt, clean, cache)
+        cache.lengths += lengths
+        looked = model.extend(prompt, cache, 0, kind=IMAGE, latents=x_t, t=0.7)     # not kept
+        span = model.extend(prompt, cache, 1, kind=IMAGE, latents=x_t, t=0.3)
+        texts = [model.extend(prompt, cache, 1, torch.full((3, 1), i))
+                 for i in (LAYOUT.end[IMAGE], 120, 121)]
+    assert cache.lengths.tolist() == (lengths + 7).tolist()
+    for b, start in enumerate([[("text", "ab")], [("image", 1), ("text", "abcd")], []]):
+        table["image"] = torch.cat([table["image"][:2], x_t[b:b + 1]])
+        whole = pack([[[*start, ("image", 2), ("text", "xy")]]], table=table, finished=False)
+        shown = sum(name == "image" for name, _ in start)
+        for t, found in ((0.7, looked), (0.3, span)):
+            times = [None, torch.tensor([0.0] * shown + [t]), None, None]
+            with torch.no_grad():
+                expected = model(whole, times)[0]
+            at = lengths[b].item()
+            assert small.POSITIONS[IMAGE] == found.shape[1]
+            torch.testing.assert_close(found[b], expected[at:at + 4], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(first[b, :at], expected[:at], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat(texts, 1)[b], expected[at + 4:at + 7],
+                                   rtol=1e-5, atol=1e-5)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+def tokens_of(document):
+    """The ids of an open document, <pad> where latents stand, by a loop."""
+    ids = [LAYOUT.bos]
+    for name, content in document:
+        kind = data.MODALITIES.index(name)
+        ids += list(content.encode()) if not kind else [LAYOUT.begin[kind]]
+        if kind and content is not None:
+            ids += [LAYOUT.pad] * small.POSITIONS[kind] + [LAYOUT.end[kind]]
+    return ids
+
+
+def uncached(model, ids, latents, t=0.0):
+    """Hidden states of one row of ids; latents: [(kind, x), ...], the last of them at time t."""
+    kinds, signals, times, number = [], [[], [], [], []], [[], [], [], []], 0
+    spans, open_kind = [], 0
+    for i, token in enumerate(ids):
+        inside = token == LAYOUT.pad
+        if inside and ids[i - 1] != LAYOUT.pad:
+            open_kind = LAYOUT.begin.index(ids[i - 1])
+            signals[open_kind].append(latents[number][1])
+            times[open_kind].append(t if number == len(latents) - 1 else 0.0)
+            number += 1
+        kinds.append(open_kind if inside else 0)
+        spans.append(number if inside else 0)
+    tokens, modality = torch.tensor([ids]), torch.tensor([kinds])
+    order = modality.flatten().argsort(stable=True)
+    batch = data.Batch(
+        tokens, tokens, modality, torch.tensor([spans]), torch.ones_like(tokens), order,
+        order.argsort(), tuple(kinds.count(kind) for kind in range(4)),
+        tuple(torch.stack(x) if x else None for x in signals), None, None)
+    with torch.no_grad():
+        return model(batch, [torch.tensor(x) if x else None for x in times])[0]
+
+
+def generate_naively(model, document, noise, size, spans, steps, guidance):
+    """One row without a cache: greedy text, Euler steps, every step through the whole sequence."""
+    table, ids, drawn = small.signals("transfusion"), tokens_of(document), 0
+    latents = [(data.MODALITIES.index(name), table[name][content])
+               for name, content in document if name != "text" and content is not None]
+    while len(ids) < size and ids[-1] != LAYOUT.eos:
+        if ids[-1] in LAYOUT.begin:
+            kind = LAYOUT.begin.index(ids[-1])
+            if drawn == spans:
+                break
+            n, x = small.POSITIONS[kind], noise[kind]
+            for step in range(steps):
+                t, velocities = 1 - step / steps, []
+                for prefix, before in ((ids, latents), ([LAYOUT.bos, ids[-1]], [])):
+                    row = uncached(model, prefix + [LAYOUT.pad] * n, [*before, (kind, x)], t)
+                    patches = model.patch_out[kind](row[-n:])[None]
+                    velocities.append(transfusion.unpatchify(patches, LAYOUT.shapes[kind], 2)[0])
+                conditional, null = velocities
+                x = x - (null + guidance * (conditional - null)).detach() / steps
+            latents.append((kind, x))
+            ids, drawn = ids + [LAYOUT.pad] * n + [LAYOUT.end[kind]], drawn + 1
+            continue
+        logits = model.head(uncached(model, ids, latents)[-1])
+        allowed = [*range(LAYOUT.text), LAYOUT.eos] + [
+            LAYOUT.begin[kind] for kind in (IMAGE, AUDIO)
+            if len(ids) + small.POSITIONS[kind] + 2 <= size]
+        ids = ids + [max(allowed, key=logits.tolist().__getitem__)]
+    return ids + [LAYOUT.pad] * (size - len(ids)), [x for _, x in latents[-drawn:] if drawn]
+
+
+def test_greedy_text_is_that_of_a_loop_without_a_cache(model):
+    documents = [[("text", "ab")], [("image", 1), ("text", "x"), ("audio", 0)], []]
+    tokens, _ = model.generate(small.prompts("transfusion", documents), size=24, spans=0)
+    for row, document in zip(tokens.tolist(), documents):
+        expected, _ = generate_naively(model, document, {}, 24, 0, 0, 1)
+        assert row == expected
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_drawing_is_that_of_a_loop_without_a_cache_given_the_same_noise(
+        model, guidance, monkeypatch):
+    noises, randn = {}, torch.randn
+
+    def recorded(*shape, **options):
+        noise = randn(*shape, **options)
+        return noises.setdefault(LAYOUT.shapes.index(tuple(shape[1:])), noise)
+
+    documents = [[("text", "ab"), ("image", None)], [("audio", None)],
+                 [("image", 1), ("text", "what"), ("audio", 2), ("image", None)]]
+    prompt = small.prompts("transfusion", documents)
+    monkeypatch.setattr(torch, "randn", recorded)
+    tokens, latents = model.generate(prompt, size=40, spans=1, steps=3, guidance=guidance)
+    monkeypatch.undo()
+    for b, (document, kind) in enumerate(zip(documents, (IMAGE, AUDIO, IMAGE))):
+        noise = {k: x[b] for k, x in noises.items()}
+        expected, drawn = generate_naively(model, document, noise, 40, 1, 3, guidance)
+        assert tokens[b].tolist() == expected
+        torch.testing.assert_close(latents[kind][b, 0], drawn[0], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_one_is_no_guidance_and_never_asks_the_null_branch(model, monkeypatch):
+    prompt = small.prompts("transfusion", [[("text", "ab"), ("image", None)], [("image", None)]])
+
+    def generate(guidance, guide):
+        monkeypatch.setattr(transfusion, "guide", guide)
+        torch.manual_seed(3)
+        return model.generate(prompt, size=24, steps=4, guidance=guidance)
+
+    tokens, latents = generate(1.0, None)               # None: a call would fail
+    same, unguided = generate(3.0, lambda conditional, unconditional, guidance: conditional)
+    assert torch.equal(tokens, same) and torch.equal(latents[IMAGE], unguided[IMAGE])
+    _, guided = generate(3.0, lambda c, u, guidance: u + guidance * (c - u))
+    assert not torch.equal(guided[IMAGE], unguided[IMAGE])
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_euler_steps_along_an_exact_velocity_arrive_at_the_data(model, steps):
+    x_0 = torch.randn(2, *LAYOUT.shapes[IMAGE])
+    model.velocity = lambda prompt, cache, kind, x, t: (x - x_0) / t
+    prompt = small.prompts("transfusion", [[("text", "a"), ("image", None)], [("image", None)]])
+    _, latents = model.generate(prompt, size=16, steps=steps)
+    torch.testing.assert_close(latents[IMAGE][:, 0], x_0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("likes", [(), LAYOUT.begin[1:3], LAYOUT.begin[1:2], (LAYOUT.eos,)])
+@pytest.mark.parametrize("spans", [0, 1, 3])
+def test_every_generated_row_is_text_and_whole_spans_that_fit(model, likes, spans):
+    model.head = small.Dice(LAYOUT, likes)
+    documents = [[("text", "ab")], [], [("image", 1), ("text", "xyz")]]
+    prompt, begun = small.prompts("transfusion", documents), []
+    tokens, latents = model.generate(prompt, 26, spans, steps=1, temperature=1.0)
+    for b, (row, document) in enumerate(zip(tokens.tolist(), documents)):
+        start = len(tokens_of(document))
+        assert row[:start] == tokens_of(document)
+        kinds = small.check_grammar(row, start, 26, spans, LAYOUT,
+                                    lambda kind, i: i == LAYOUT.pad)
+        assert len(kinds) <= spans
+        for k, kind in enumerate(kinds):
+            assert latents[kind][b, k].any()
+        begun += kinds
+    if LAYOUT.begin[IMAGE] in likes:
+        assert bool(begun) == (spans > 0)
+
+
+def test_a_row_that_draws_leaves_the_rows_beside_it_as_they_are(model):
+    documents = [[("text", "ab")], [("image", None)], [("text", "xyz"), ("audio", None)]]
+    together, _ = model.generate(small.prompts("transfusion", documents), size=24, steps=2)
+    alone, _ = model.generate(small.prompts("transfusion", documents[:1]), size=24, steps=2)
+    first_span = next((i for i, token in enumerate(alone[0]) if token in LAYOUT.begin), 24)
+    assert together[0, :first_span].tolist() == alone[0, :first_span].tolist()
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+def test_an_untrained_model_predicts_nothing_yet():
+    _, parts = small.untrained("transfusion").loss(pack())
+    assert parts["text"].item() == pytest.approx(math.log(LAYOUT.size), rel=1e-6)
+    assert 0.5 < parts["image"].item() < 4              # about E |eps - x_0|^2 = 2
+
+
+def test_one_batch_is_memorised():
+    batch = pack(spans=[0, 6, 3, 0])
+    _, parts = small.memorise(small.untrained("transfusion"), batch)
+    from_text = (batch.targets >= 0) & (batch.modality == 0)
+    assert parts["text"] < small.floor(small.ROWS, from_text) + 0.01
+    assert parts["image"] < 0.02 and parts["audio"] < 0.02
