@@ -7,6 +7,7 @@ Paper: Chameleon Team, "Chameleon: Mixed-Modal Early-Fusion Foundation Models" (
 As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) with QK-norm, z-loss
 1e-5, and generation that allows, at each step, only ids of the modality in turn (Sec. 2.4).
 As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
+Added: a learned place for each code of a picture, beside the rotary positions.
 Left out: norm re-ordering and dropout (they matter above 7B parameters), the 34B's grouped queries.
 
     python chameleon.py           one real batch, taken apart: seconds, no training
@@ -184,6 +185,9 @@ class Chameleon(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout
         self.token_embedding = nn.Embedding(layout.size, config.width)
+        self.counts = [self.positions(kind) if shape else 0
+                       for kind, shape in enumerate(layout.shapes)]
+        self.place_embedding = nn.Embedding(1 + max(self.counts), config.width)   # 0: in text
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, layout.size, bias=False)
@@ -201,6 +205,7 @@ class Chameleon(nn.Module):
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.place_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
 
     def positions(self, kind):
@@ -214,7 +219,7 @@ class Chameleon(nn.Module):
 
     def forward(self, batch, cache=None):
         """Ids of text and codes alike -> hidden states (B, S, D)."""
-        x = self.token_embedding(batch.tokens)                                      # (B, S, D)
+        x = self.token_embedding(batch.tokens) + self.place_embedding(batch.place)  # (B, S, D)
         mask = attention_mask(batch.document)
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if cache is not None:
@@ -258,27 +263,29 @@ class Chameleon(nn.Module):
         hidden = self(prompt, cache)                                                # (B, S, D)
         hidden = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
         cache.lengths += lengths
-        self.extend(prompt, null, 1, torch.full_like(tokens[:, :1], self.layout.bos))
         last = tokens.gather(1, lengths[:, None] - 1)[:, 0]                         # (B,)
         nothing = torch.zeros_like(last)
+        self.extend(prompt, null, 1, torch.full_like(last, self.layout.bos), nothing)
         kind, left, drawn, done = self.advance(last, nothing, nothing, nothing, spans)
         done |= lengths >= size
+        counts, place = torch.tensor(self.counts, device=device), nothing
         while not done.all():
             logits = self.head(hidden[:, -1]).float()                               # (B, V)
             if guidance != 1 and (kind > 0).any():      # null branch: <bos> <begin>, codes so far
                 null.lengths.masked_fill_(kind == 0, 1)
-                unconditional = self.head(self.extend(prompt, null, kind > 0, last[:, None])[:, -1])
-                guided = guide(logits, unconditional.float(), guidance)
+                alone = self.extend(prompt, null, kind > 0, last, place)
+                guided = guide(logits, self.head(alone[:, -1]).float(), guidance)
                 logits = torch.where(kind[:, None] > 0, guided, logits)
             logits = allow(logits, self.layout, kind, left, size - lengths)
             last = torch.where(kind > 0, choose(logits, code_temperature),
                                choose(logits, temperature))
-            place = lengths[:, None].clamp(max=size - 1)
-            kept = tokens.gather(1, place)[:, 0]
-            tokens.scatter_(1, place, torch.where(done, kept, last)[:, None])
+            end = lengths[:, None].clamp(max=size - 1)
+            kept = tokens.gather(1, end)[:, 0]
+            tokens.scatter_(1, end, torch.where(done, kept, last)[:, None])
             lengths = lengths + ~done
-            hidden = self.extend(prompt, cache, ~done, last[:, None])
             kind, left, drawn, stopped = self.advance(last, kind, left, drawn, spans)
+            place = counts[kind] - left                 # of a code within its span, else 0
+            hidden = self.extend(prompt, cache, ~done, last, place)
             done = done | stopped | (lengths >= size)
         return tokens, [None] * 4
 
@@ -296,16 +303,16 @@ class Chameleon(nn.Module):
                 left = left.masked_fill(opened, self.positions(m))
         return kind, left, drawn, stopped
 
-    def extend(self, prompt, cache, keep, tokens):
-        """Run one id a row (B, 1) after the cache -> hidden (B, 1, D); rows with `keep` keep it."""
-        order = torch.arange(len(tokens), device=tokens.device)
-        modality = torch.zeros_like(tokens)
+    def extend(self, prompt, cache, keep, last, place):
+        """Run the last id of each row (B,) after the cache -> (B, 1, D); `keep` rows keep it."""
+        modality = torch.zeros_like(last)
         for m, (first, stop) in enumerate(self.layout.codes):
-            modality += m * ((tokens >= first) & (tokens < stop))
-        order = modality[:, 0].argsort(stable=True)     # which rows write codes; MoT routes by it
-        sizes = tuple(torch.bincount(modality[:, 0], minlength=4).tolist())
-        step = prompt._replace(tokens=tokens, document=torch.ones_like(tokens), order=order,
-                               inverse=order.argsort(), sizes=sizes)
+            modality += m * ((last >= first) & (last < stop))
+        order = modality.argsort(stable=True)           # which rows write codes; MoT routes by it
+        sizes = tuple(torch.bincount(modality, minlength=4).tolist())
+        step = prompt._replace(tokens=last[:, None], document=torch.ones_like(last)[:, None],
+                               place=place[:, None], order=order, inverse=order.argsort(),
+                               sizes=sizes)
         hidden = self(step, cache)
         cache.lengths += keep
         return hidden

@@ -272,6 +272,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor       # (B, T) int64: the document's next id, IGNORE where there is none
     modality: torch.Tensor      # (B, T) int64: 0 text and special tokens, 1 image, 2 audio, 3 video
     span: torch.Tensor          # (B, T) int64: 1, 2, ... in each row for a span's positions, else 0
+    place: torch.Tensor         # (B, T) int64: 1, 2, ... within each span, else 0
     document: torch.Tensor      # (B, T) int64: 1, 2, ... in each row, 0 for padding
     order: torch.Tensor         # (B * T,) int64: positions sorted by modality, padding last in each
     inverse: torch.Tensor       # (B * T,) int64: undoes it
@@ -408,7 +409,8 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
     """
     shape = len(rows), length
     tokens = np.full(shape, layout.pad, np.int64)
-    modality, span, owner = (np.zeros(shape, np.int64) for _ in range(3))
+    modality, span, place, owner = (np.zeros(shape, np.int64) for _ in range(4))
+    lone = np.zeros(shape, bool)                # the <eoi> of a picture that stands without words
     signals, shown = [[] for _ in MODALITIES], [[] for _ in MODALITIES]
     for r, documents in enumerate(rows):
         at, count = 0, 0
@@ -416,7 +418,7 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
             start = at
             tokens[r, at] = layout.bos
             at += 1
-            for place, (kind, content) in enumerate(document):
+            for number, (kind, content) in enumerate(document):
                 if kind == 0:
                     tokens[r, at:at + len(content)] = content
                     at += len(content)
@@ -427,12 +429,14 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
                     stop, count = at + positions[kind], count + 1
                     modality[r, at:stop], span[r, at:stop] = kind, count
                     signals[kind].append(content)
-                    shown[kind].append(place == 0 and len(document) > 1)
+                    place[r, at:stop] = range(1, stop - at + 1)
+                    shown[kind].append(number == 0 and len(document) > 1)
                     tokens[r, stop] = layout.end[kind]
                     at = stop + 1
             if finished:
                 tokens[r, at] = layout.eos
                 at += 1
+            lone[r, at - 2] = finished and len(document) == 1 and document[0][0] > 0
             owner[r, start:at] = d
     spans = spans or [len(numbers) for numbers in signals]
     real = tuple(torch.arange(count) < len(numbers) for count, numbers in zip(spans, signals))
@@ -456,9 +460,10 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
                 tokens.ravel()[block] = value.numpy().ravel() + layout.codes[kind][0]
     tokens[owner == 0] = layout.pad
     targets = np.full_like(tokens, IGNORE)
-    follows = (owner[:, 1:] == owner[:, :-1]) & (tokens[:, 1:] != layout.pad)
+    # a picture whose words were left out says nothing of what follows pictures
+    follows = ~lone[:, :-1] & (owner[:, 1:] == owner[:, :-1]) & (tokens[:, 1:] != layout.pad)
     targets[:, :-1][follows] = tokens[:, 1:][follows]
-    arrays = [torch.from_numpy(x) for x in (tokens, targets, modality, span, owner,
+    arrays = [torch.from_numpy(x) for x in (tokens, targets, modality, span, place, owner,
                                             order, np.argsort(order))]
     return Batch(*arrays, tuple(sizes), tuple(values), tuple(flags.float() for flags in real),
                  tuple(torch.tensor(flags) for flags in shown))

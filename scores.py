@@ -21,7 +21,7 @@ import torch
 from data import Batches, to_signal
 from worlds import shapes
 
-SETTINGS = {"transfusion": {"steps": 25, "guidance": 3.0},
+SETTINGS = {"transfusion": {"steps": 25, "guidance": 2.0},
             "chameleon": {"guidance": 2.0, "code_temperature": 0.8}}
 
 

@@ -36,7 +36,8 @@ class TransfusionConfig:
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
     diffusion_weight: float = 5.0   # lambda of Eq. 4
-    time_mean: float = 0.7          # of the logit of t; SD3's best is 0 (Table 1), see the README
+    time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
+    time_std: float = 1.5           # and its deviation; SD3's best is 1
     shown_limit: float = 0.5        # most noise on an image that precedes its words (Table 8)
 
 
@@ -59,12 +60,13 @@ def add_noise(x_0, noise, t):
     return (1 - t) * x_0 + t * noise, noise - x_0
 
 
-def sample_times(count, mean, device):
-    """Logit-normal times in (0, 1): t = sigmoid(u), u ~ N(mean, 1) (SD3, Sec. 3.1).
+def sample_times(count, mean, std, device):
+    """Logit-normal times in (0, 1): t = sigmoid(u), u ~ N(mean, std^2) (SD3, Sec. 3.1).
 
-    Above 0 the mean favours noise, under which only the caption tells what the image should be.
+    A mean above 0 favours strong noise, under which only the caption tells what the image should
+    be; a wide deviation keeps enough of the weak noise, under which edges become sharp.
     """
-    return (mean + torch.randn(count, device=device)).sigmoid()
+    return (mean + std * torch.randn(count, device=device)).sigmoid()
 
 
 def guide(conditional, unconditional, guidance):
@@ -274,7 +276,7 @@ class Transfusion(nn.Module):
         noisy, velocities, times = [None] * 4, [None] * 4, [None] * 4
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
-                t = sample_times(len(x_0), self.config.time_mean, x_0.device)       # (spans,)
+                t = sample_times(len(x_0), self.config.time_mean, self.config.time_std, x_0.device)
                 # a picture that its words describe is seen less noised; in evaluation, as it is
                 limit = self.config.shown_limit if self.training else 0.0
                 t = torch.where(batch.shown[kind], t * limit, t)
@@ -308,7 +310,7 @@ class Transfusion(nn.Module):
     # --- generate -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompt, size, spans=1, steps=25, guidance=3.0, temperature=0.0):
+    def generate(self, prompt, size, spans=1, steps=25, guidance=2.0, temperature=0.0):
         """Go on with each row, which itself switches between next tokens and diffusion (Sec. 3).
 
         prompt: a batch with one open document a row, latents clean. size: most positions of a row.

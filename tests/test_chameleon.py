@@ -174,9 +174,9 @@ def test_cached_equals_uncached_for_text_and_across_spans_in_rows_of_other_lengt
         cache.lengths += torch.tensor(starts)       # of each row only so much is kept
         for step in range(9):
             at = torch.tensor(starts) + step
-            tokens = batch.tokens.gather(1, at[:, None])
-            model.extend(batch, cache, 0, (tokens + 1) % 256)           # looked at, not kept
-            found = model.extend(batch, cache, 1, tokens)[:, 0]
+            last, place = (x.gather(1, at[:, None])[:, 0] for x in (batch.tokens, batch.place))
+            model.extend(batch, cache, 0, (last + 1) % 256, place * 0)  # looked at, not kept
+            found = model.extend(batch, cache, 1, last, place)[:, 0]
             for b in range(3):
                 if batch.document[b, at[b]]:
                     torch.testing.assert_close(found[b], expected[b, at[b]], rtol=1e-5, atol=1e-5)
@@ -190,8 +190,12 @@ def uncached(model, ids):
     kinds = [next((kind for kind in (IMAGE, AUDIO) if is_code(kind, i)), 0) for i in ids]
     modality = torch.tensor([kinds])
     order = modality.flatten().argsort(stable=True)
-    batch = data.Batch(tokens, tokens, modality, modality, torch.ones_like(tokens), order,
-                       order.argsort(), tuple(kinds.count(kind) for kind in range(4)),
+    place = [0]
+    for kind in kinds:          # a code's number within its span
+        place.append(place[-1] + 1 if kind else 0)
+    place = torch.tensor([place[1:]])
+    batch = data.Batch(tokens, tokens, modality, modality, place, torch.ones_like(tokens),
+                       order, order.argsort(), tuple(kinds.count(kind) for kind in range(4)),
                        (None,) * 4, None, None)
     with torch.no_grad():
         return model.head(model(batch))[0, -1]

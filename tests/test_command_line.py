@@ -310,7 +310,8 @@ def test_sample_writes_a_picture_a_caption_and_a_document(
 
 def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2", *BRIEF],
+    done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2",
+                           "--pictures", "400", *BRIEF],
                           cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "mot" / "report.json").read_text())
