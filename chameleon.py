@@ -271,8 +271,8 @@ class Chameleon(nn.Module):
         counts, place = torch.tensor(self.counts, device=device), nothing
         while not done.all():
             logits = self.head(hidden[:, -1]).float()                               # (B, V)
-            if guidance != 1 and (kind > 0).any():      # null branch: <bos> <begin>, codes so far
-                null.lengths.masked_fill_(kind == 0, 1)
+            null.lengths.masked_fill_(kind == 0, 1)     # null branch: <bos> <begin>, codes so far
+            if guidance != 1 and (kind > 0).any():
                 alone = self.extend(prompt, null, kind > 0, last, place)
                 guided = guide(logits, self.head(alone[:, -1]).float(), guidance)
                 logits = torch.where(kind[:, None] > 0, guided, logits)

@@ -312,6 +312,13 @@ def make_folder(folder):
         raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
 
 
+def check_writable(folder):
+    """InputError where a run's folder could not be made or written: said before the work, not after."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f'--out: "{folder}" cannot be written')
+
+
 def save_checkpoint(path, contents):
     """Written beside and renamed, so that a run that dies while saving leaves the old one whole."""
     torch.save(contents, path.with_suffix(".new"))
@@ -394,18 +401,21 @@ def train_transformer(arch, config, model_options, resume=False):
     folder = Path(config.out or "runs/" + "-".join(
         [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
         + [name] * (name != "shapes")))
-    saved = load_checkpoint(folder) if resume else make_folder(folder)
+    check_writable(folder)
+    saved = load_checkpoint(folder) if resume else None
     config = with_presets(config, setting)
     model, batches, autoencoder, about = prepare(arch, setting, config, model_options, corpus, name,
                                                  device)
     trainer = Trainer(model, batches, config, device, folder)
     if saved:
-        for part in ("arch", "setting", "data", "config", "tokens_from"):
+        for part in ("arch", "setting", "data", "config", "autoencoder_run"):
             if saved.get(part) != about[part]:
                 raise InputError(f'--resume: "{folder}" was trained with {part} {saved.get(part)}, '
                                  f"this run has {about[part]}; "
                                  "give the same options, or another --out")
         trainer.resume(saved)
+    else:
+        make_folder(folder)
     trainer.compile()
     system = System(trainer.averaged, autoencoder, Tokenizer(about["merges"]), device)
 
@@ -442,7 +452,7 @@ def prepare(arch, setting, config, model_options, corpus, name, device):
                          "heads of even width; change --width or --heads")
     kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
     kept = with_presets(kept, f"vqvae-{bottleneck}")
-    autoencoder, tokens_from = train_autoencoder(
+    autoencoder, autoencoder_run = train_autoencoder(
         corpus, autoencoder_config(config, bottleneck=bottleneck), kept, device, name)
     encoded = {"image": encode_all(autoencoder, corpus.signals["image"], device)}
     tokenizer = Tokenizer.train(corpus.texts())
@@ -457,7 +467,7 @@ def prepare(arch, setting, config, model_options, corpus, name, device):
     about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": None,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
-             "autoencoder": packed(autoencoder), "tokens_from": tokens_from.name}
+             "autoencoder": packed(autoencoder), "autoencoder_run": autoencoder_run.name}
     return model, batches, autoencoder, about
 
 
