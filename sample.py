@@ -70,7 +70,8 @@ class System:
                      for name, content in prompt] for prompt in prompts]
         encoded = {"image": self.encode(torch.stack(given))} if given else {}
         batch = pack_prompts(numbered, self.tokenizer, self.layout, self.positions, encoded)
-        size = batch.tokens.shape[1] + new_text + spans * (max(self.positions) + 2)
+        # room for a span even where none may be drawn, or the model could not open one
+        size = batch.tokens.shape[1] + new_text + max(spans, 1) * (max(self.positions) + 2)
         with precision(self.device):
             tokens, latents = self.model.generate(batch.to(self.device), size, spans, **settings)
         tokens, lengths = tokens.cpu(), (batch.document > 0).sum(1).tolist()
