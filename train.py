@@ -313,7 +313,7 @@ def make_folder(folder):
 
 
 def check_writable(folder):
-    """InputError where a run's folder could not be made or written: said before the work, not after."""
+    """InputError where a run's folder could not be written: said before the work, not after."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f'--out: "{folder}" cannot be written')

@@ -164,7 +164,7 @@ def positions_of(row, encoded):
 def test_pack_against_a_loop_over_positions(encoded, spans):
     batch = packed(encoded, spans)
     for r, row in enumerate(ROWS):
-        expected = positions_of(row, encoded)
+        expected, place = positions_of(row, encoded), 0
         for i in range(LENGTH):
             if i >= len(expected):          # padding; its modality is what makes the counts static
                 assert batch.tokens[r, i] == LAYOUT.pad and batch.targets[r, i] == data.IGNORE

@@ -310,7 +310,8 @@ def uncached(model, ids, latents, t=0.0):
     order = modality.flatten().argsort(stable=True)
     batch = data.Batch(
         tokens, tokens, modality, torch.tensor([spans]), torch.zeros_like(tokens),
-        torch.ones_like(tokens), order, order.argsort(), tuple(kinds.count(kind) for kind in range(4)),
+        torch.ones_like(tokens), order, order.argsort(),
+        tuple(kinds.count(kind) for kind in range(4)),
         tuple(torch.stack(x) if x else None for x in signals), None, None)
     with torch.no_grad():
         return model(batch, [torch.tensor(x) if x else None for x in times])[0]
