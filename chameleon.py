@@ -8,7 +8,7 @@ As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) w
 1e-5, and generation that allows, at each step, only ids of the modality in turn (Sec. 2.4).
 As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
 Added: a learned place for each code of a picture, beside the rotary positions.
-Left out: norm re-ordering and dropout (they matter above 7B parameters), the 34B's grouped queries.
+Left out: norm re-ordering and dropout (needed from 7B parameters up), grouped queries (34B).
 
     python chameleon.py           one real batch, taken apart: seconds, no training
     python train.py chameleon     train it: minutes on a laptop
