@@ -33,6 +33,7 @@ class ChameleonConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
+    code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
 
 # --- the idea ------------------------------------------------------------------------------------
@@ -51,6 +52,18 @@ def attention_mask(document):
 def z_loss(logits):
     """(log Z)^2, Z = sum_i exp(logit_i): keeps logits from drifting (Sec. 2.3); (N, V) -> (N,)."""
     return logits.logsumexp(-1).square()
+
+
+def replace_codes(tokens, share, codes):
+    """Each code gives way to a random one with probability `share`: what the model sees, not what
+    it shall say.
+
+    A code is mostly known from its neighbours, so next-token prediction learns texture first and
+    words last. Where neighbours lie, only the caption tells. tokens, share (...); codes (first,
+    last + 1), the ids to draw from.
+    """
+    strange = torch.randint(*codes, tokens.shape, device=tokens.device)
+    return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, strange, tokens)
 
 
 def allow(logits, layout, kind, left, room):
@@ -229,13 +242,16 @@ class Chameleon(nn.Module):
 
     def loss(self, batch):
         """Next-token cross-entropy over the whole stream, z-loss -> (scalar, {name: scalar})."""
+        if self.training:
+            batch = batch._replace(tokens=self.noisy(batch))
         logits = self.head(self(batch)).float().flatten(0, 1)                       # (B T, V)
         targets = batch.targets.flatten()
         counted = (targets >= 0).float()
         error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
         drift = average(z_loss(logits), counted)
         loss = average(error, counted) + self.config.z_loss * drift
-        right = (logits.argmax(-1) == targets).float()
+        said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        right = (said == logits.amax(-1)).float()       # an argmax is slower
         text = counted * (targets < self.layout.codes[0][0])
         parts = {"text": average(error.detach(), text), "text_accuracy": average(right, text),
                  "log_z_squared": drift.detach()}
@@ -244,6 +260,19 @@ class Chameleon(nn.Module):
                 code = (targets >= first) & (targets < stop)
                 parts[name] = average(error.detach(), code.float())
         return loss, parts
+
+    def noisy(self, batch):
+        """tokens (B, T) with codes replaced, a share of its own in each span, 0 to `code_noise`."""
+        tokens = batch.tokens.flatten()[batch.order].split(batch.sizes)
+        parts = [tokens[0]]
+        for kind, codes in list(enumerate(self.layout.codes))[1:]:
+            if len(tokens[kind]):
+                share = self.config.code_noise * torch.rand(len(batch.shown[kind]), 1,
+                                                            device=batch.tokens.device)
+                share = share * ~batch.shown[kind][:, None]     # words follow: seen as it is
+                seen = replace_codes(tokens[kind].view(len(share), -1), share, codes)
+                parts.append(seen.flatten())
+        return torch.cat(parts)[batch.inverse].view(batch.tokens.shape)
 
     # --- generate --------------------------------------------------------------------------------
 

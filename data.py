@@ -297,7 +297,7 @@ def tokenize(document, tokenizer):
 
 
 def good_length(lengths, step=32):
-    """The shortest row, in steps of 32, that documents of these lengths fill to 93 %, or nearly."""
+    """The shortest row, in steps of 32, that documents of these lengths fill to 90 %, or nearly."""
     rng, fills = np.random.default_rng(0), {}
     sample = rng.choice(lengths, 400).tolist()
     first = step * math.ceil(max(lengths) / step)
@@ -310,7 +310,7 @@ def good_length(lengths, step=32):
             else:
                 free.append(row - length)
         fills[row] = sum(sample) / (row * len(free))
-        if fills[row] >= 0.93:
+        if fills[row] >= 0.9:
             return row
     return max(fills, key=fills.get)
 

@@ -73,7 +73,7 @@ class TrainConfig:
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
            "transfusion": {"steps": 8000, "batch_size": 20, "lr": 4e-3},
-           "chameleon": {"steps": 4000, "batch_size": 10, "lr": 4e-3}}
+           "chameleon": {"steps": 4500, "batch_size": 16, "lr": 4e-3}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 

@@ -287,7 +287,8 @@ class Transfusion(nn.Module):
         targets = batch.targets.flatten()[batch.order[:batch.sizes[0]]]
         logits = self.head(by_modality[0]).float()                         # (text positions, ids)
         loss = F.cross_entropy(logits, targets, ignore_index=-100)
-        right = (logits.argmax(-1) == targets).float()
+        said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        right = (said == logits.amax(-1)).float()               # an argmax is slower
         parts = {"text": loss.detach(), "text_accuracy": average(right, (targets >= 0).float())}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:

@@ -52,6 +52,46 @@ def test_z_loss_and_its_gradient_by_hand():
         assert gradient == pytest.approx([2 * z * math.exp(logit - z) for logit in row])
 
 
+def test_replace_codes_replaces_the_share_it_is_told_by_any_code():
+    tokens, codes = torch.full((2, 20_000), 7), (300, 304)
+    share = torch.tensor([[0.0], [0.25]])
+    seen = chameleon.replace_codes(tokens, share, codes)
+    assert torch.equal(seen[0], tokens[0])
+    strange = seen[1][seen[1] != 7]
+    assert len(strange) / 20_000 == pytest.approx(0.25, abs=0.02)
+    assert torch.bincount(strange - 300, minlength=4) / len(strange) == pytest.approx(0.25, abs=.03)
+
+
+def test_codes_are_replaced_in_training_where_no_words_follow(model):
+    batch = pack(spans=[0, 6, 3, 0])
+    code, differs = (batch.modality > 0) & (batch.document > 0), 0
+    for _ in range(200):
+        seen = model.noisy(batch)
+        assert torch.equal(seen[batch.modality == 0], batch.tokens[batch.modality == 0])
+        for kind in (IMAGE, AUDIO):
+            assert all(is_code(kind, i) for i in seen[code & (batch.modality == kind)].tolist())
+        differs = differs + (seen != batch.tokens).float()
+    shown = torch.zeros_like(code).flatten()
+    for kind in (IMAGE, AUDIO):
+        where = batch.order[sum(batch.sizes[:kind]):sum(batch.sizes[:kind + 1])]
+        shown[where] = batch.shown[kind].repeat_interleave(small.POSITIONS[kind])
+    shown = shown.view(code.shape) & code
+    assert shown.any() and (code & ~shown).any()
+    assert not differs[shown].any()
+    # a share of 0 to 0.6; one in eight codes of a picture, one in five of a sound, falls on itself
+    expected = torch.where(batch.modality == IMAGE, 0.3 * 7 / 8, 0.3 * 4 / 5)[code & ~shown]
+    assert (differs[code & ~shown] / 200).mean() == pytest.approx(float(expected.mean()), abs=0.02)
+
+
+def test_the_loss_replaces_codes_in_training_only(model, monkeypatch):
+    batch, calls = pack(), []
+    monkeypatch.setattr(model, "noisy", lambda batch: calls.append(1) or batch.tokens)
+    model.eval().loss(batch)
+    assert not calls
+    model.train().loss(batch)
+    assert calls
+
+
 def test_guide_goes_beyond_the_conditional_by_its_distance_from_the_unconditional():
     c, u = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])
     for guidance, expected in ((1, [3.0, 1.0]), (0, [1.0, 2.0]), (3, [7.0, -1.0])):
