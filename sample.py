@@ -1,6 +1,6 @@
 """Talk to a trained checkpoint: a prompt becomes a picture, a picture becomes a caption.
 
-    python sample.py runs/mot "a large red circle in the centre on white."   writes a picture
+    python sample.py runs/mot "at the centre a large red circle on white."   writes a picture
     python sample.py runs/mot --image picture.png                            writes a caption
     python sample.py runs/mot                                                writes a free document
 

@@ -22,7 +22,7 @@ from data import Batches, to_signal
 from worlds import shapes
 
 SETTINGS = {"transfusion": {"steps": 25, "guidance": 2.0},
-            "chameleon": {"guidance": 2.0, "code_temperature": 0.8}}
+            "chameleon": {"guidance": 1.25, "code_temperature": 0.4}}
 
 
 def psnr(a, b):

@@ -40,7 +40,7 @@ class VQVAEConfig:
     commitment: float = 0.25            # beta of Eq. 3; the paper found 0.1 to 2 alike
     codebook_decay: float = 0.99        # gamma of App. A.1
     dead_below: float = 0.1             # restart a code chosen less often than this per batch
-    kl_weight: float = 1e-3             # per element; nearly no bottleneck, as in latent diffusion
+    kl_weight: float = 1e-4             # per element; nearly no bottleneck, as in latent diffusion
 
     @property
     def grid(self):

@@ -72,15 +72,16 @@ def test_describe_uses_every_phrasing_in_every_order(scene, orders):
 
 
 @pytest.mark.parametrize("caption", [
-    "", " ", "a", "red circle", "a small red circle at the centre", "white.",
-    "a small red circle at the centre on white",
+    "", " ", "a", "red circle", "at the centre a small red circle", "white.",
+    "at the centre a small red circle on white",
     "a small red circle on white.",
-    "a red small circle at the centre on white.",
-    "a small red circle at the centre, on white.",
-    "a small red circle at the centre or a large red cross at the top-left on white.",
-    "A small red circle at the centre on white.",
-    "on white: small red circle centre, .",
-    "(white), with a small red circle centre.",
+    "at the centre a red small circle on white.",
+    "a small red circle at the centre on white.",
+    "at the centre a small red circle, on white.",
+    "at the centre a small red circle or at the top-left a large red cross on white.",
+    "At the centre a small red circle on white.",
+    "on white: centre small red circle, .",
+    "(white), with centre a small red circle.",
 ])
 def test_parse_rejects_what_describe_never_says(caption):
     assert shapes.parse(caption) is None

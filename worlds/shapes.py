@@ -122,11 +122,12 @@ def render(scene, rng=None, size=32):
 # --- words ---------------------------------------------------------------------------------------
 
 # (how a scene is said, how a thing is said, what joins two things). `parse` is made from this.
+# The place comes first: a model that writes it has said which thing it is about to describe.
 PHRASINGS = (
-    ("{things} on {background}.", "a {size} {colour} {shape} at the {place}", " and "),
-    ("{things} on {background}.", "{size} {colour} {shape} {place}", ", "),
-    ("on {background}: {things}.", "{size} {colour} {shape} {place}", ", "),
-    ("{background}, with {things}.", "a {size} {colour} {shape} {place}", " and "),
+    ("{things} on {background}.", "at the {place} a {size} {colour} {shape}", " and "),
+    ("{things} on {background}.", "{place} {size} {colour} {shape}", ", "),
+    ("on {background}: {things}.", "{place} {size} {colour} {shape}", ", "),
+    ("{background}, with {things}.", "{place} a {size} {colour} {shape}", " and "),
 )
 
 
