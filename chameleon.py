@@ -201,13 +201,10 @@ class Chameleon(nn.Module):
         self.counts = [self.positions(kind) if shape else 0
                        for kind, shape in enumerate(layout.shapes)]
         self.place_embedding = nn.Embedding(1 + max(self.counts), config.width)   # 0: in text
-        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, layout.size, bias=False)
         self.initialise()
-
-    def make_block(self):
-        return Block(self.config)
 
     def initialise(self):
         """Unit-variance projections; every block starts as the identity, every output at zero."""

@@ -75,7 +75,7 @@ class System:
         with precision(self.device):
             tokens, latents = self.model.generate(batch.to(self.device), size, spans, **settings)
         tokens, lengths = tokens.cpu(), (batch.document > 0).sum(1).tolist()
-        documents = []
+        completed = []
         for i, prompt in enumerate(prompts):
             open_span = bool(prompt) and prompt[-1][1] is None
             drawn = [x if x is None else x[i].cpu() for x in latents]
@@ -83,20 +83,12 @@ class System:
             old = list(prompt[:-1] if open_span else prompt)
             if old and new and old[-1][0] == new[0][0] == "text":
                 old[-1:], new = [("text", old[-1][1] + new[0][1])], new[1:]
-            documents.append(old + new)
-        return self._decode(documents, prompts)
-
-    def _decode(self, documents, prompts):
-        """Replace the codes or latents of drawn spans by pictures, all at once."""
-        places = [(i, k) for i, document in enumerate(documents)
-                  for k, (name, content) in enumerate(document)
-                  if name != "text" and content is not None and k >= len(prompts[i]) - 1
-                  and not any(content is part[1] for part in prompts[i])]
-        if places:
-            pictures = self.decode(torch.stack([documents[i][k][1] for i, k in places]))
-            for (i, k), picture in zip(places, pictures):
-                documents[i][k] = documents[i][k][0], picture
-        return documents
+            completed.append((old, new))
+        drawn = [content for _, new in completed for name, content in new
+                 if name != "text" and content is not None]
+        pictures = iter(self.decode(torch.stack(drawn)) if drawn else ())
+        return [old + [(name, content if name == "text" or content is None else next(pictures))
+                       for name, content in new] for old, new in completed]
 
     def draw(self, captions, **settings):
         """Captions -> pictures (N, 3, H, W)."""

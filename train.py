@@ -72,8 +72,8 @@ class TrainConfig:
 # what differs by architecture; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
-           "transfusion": {"steps": 8000, "batch_size": 20, "lr": 4e-3},
-           "chameleon": {"steps": 4500, "batch_size": 16, "lr": 4e-3}}
+           "transfusion": {"steps": 6000, "batch_size": 20, "lr": 4e-3},
+           "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 
@@ -237,9 +237,10 @@ def train_autoencoder(corpus, model_config, config, device, data_name, folder=No
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(folder or f"runs/vqvae-{model_config.bottleneck}-{data_name}-{digest}")
     path = folder / "checkpoint.pt"
-    if path.is_file() and load_checkpoint(path).get("key") == key:
+    kept = load_checkpoint(path) if path.is_file() else {}
+    if kept.get("key") == key:
         print(f"autoencoder: {folder} (trained before)", flush=True)
-        return load_autoencoder(load_checkpoint(path)["autoencoder"]).to(device), folder
+        return load_autoencoder(kept["autoencoder"]).to(device), folder
     make_folder(folder)
     torch.manual_seed(config.seed)
     start = time.time()

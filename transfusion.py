@@ -219,13 +219,10 @@ class Transfusion(nn.Module):
             nn.Parameter(torch.zeros(self.positions(kind), D)) if P else None
             for kind, P in enumerate(self.patch_sizes))
         self.time_embedding = TimeEmbedding(D)
-        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.head = nn.Linear(D, layout.size, bias=False)
         self.initialise()
-
-    def make_block(self):
-        return Block(self.config)
 
     def initialise(self):
         """Unit-variance projections; every block starts as the identity, every output at zero."""

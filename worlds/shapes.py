@@ -25,11 +25,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (225, 30, 35), "green": (25, 160, 50), "blue": (35, 70, 235),
            "yellow": (250, 215, 20), "purple": (170, 40, 200), "cyan": (30, 205, 225)}
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (185, 185, 185), "black": (0, 0, 0)}
-SIZES = {"small": 4.0, "large": 5.8}        # radius, in pixels of a 32 x 32 picture
+SIZES = {"small": 3.5, "large": 4.8}        # radius, in pixels of a 32 x 32 picture; few touch
 PLACES = ("top-left", "top", "top-right", "left", "centre", "right",
           "bottom-left", "bottom", "bottom-right")
 HELD_OUT = {("circle", "yellow"), ("square", "purple"), ("triangle", "green"), ("cross", "blue")}
-JITTER = 0.75                               # a thing's centre moves by up to this many pixels
+JITTER = 0.5                                # a thing's centre moves by up to this many pixels
 
 
 class Thing(NamedTuple):
