@@ -431,15 +431,15 @@ def train_transformer(arch, config, model_options, resume=False):
     def save():
         save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
 
-    trainer.train(f"{arch} ({setting})" if arch == "mot" else arch,
-                  max(1, config.steps // 4), progress, save)
+    called = f"{arch} ({setting})" if arch == "mot" else arch
+    trainer.train(called, max(1, config.steps // 4), progress, save)
     save()
     report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
     report |= (scores.score_shapes(system, setting, config.cases) if held_out is None
                else scores.score_folder(system, held_out, config.cases))
     report["wall_seconds"] = round(time.time() - begun, 1)
     write_json(folder / "report.json", report)
-    title = f"{arch} ({setting}), {name}, {trainer.step} steps, seed {config.seed}"
+    title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
     show_run(system, scores.SETTINGS[setting], folder, title, held_out, config.seed)
     finish(folder)
 
