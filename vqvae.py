@@ -11,6 +11,8 @@ As in the paper: nearest code, straight-through gradient, commitment 0.25, EMA c
 Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3).
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
 The encoder and decoder are the same for both, so the difference in PSNR is what quantizing loses.
+Sound is a picture too: `spectrum` makes one of a waveform, `waveform` undoes it (Griffin-Lim), and
+only the channels, size and strides of the autoencoder change.
 
     python vqvae.py                          the idea on one batch, untrained, in seconds
     python train.py vqvae                    train the discrete one: ~35 dB, every code in use
@@ -83,6 +85,65 @@ def ema_codebook(z_e, codes, count, total, decay):
 def kl_to_unit_gaussian(mean, log_variance):
     """KL(N(mean, variance) || N(0, 1)) of each element, in nats."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+# --- sound as a picture --------------------------------------------------------------------------
+
+WINDOW, HOP, BINS = 256, 128, 128       # samples of a frame, between frames; rows of a picture
+QUIET, LOUD = 0.03, 20.0                    # the magnitudes that become -1 and 1
+
+
+def fourier(device):
+    """Cosines and negative sines (WINDOW, 2 * BINS) and a Hann window (WINDOW,): a transform in
+    real numbers, which every device has. The highest bin, half the sampling rate, is left out.
+    """
+    n, k = torch.arange(WINDOW, device=device), torch.arange(BINS, device=device)
+    angle = 2 * math.pi / WINDOW * (n[:, None] * k % WINDOW)        # exact: integers up to WINDOW
+    return (torch.cat([angle.cos(), -angle.sin()], 1),
+            0.5 - 0.5 * torch.cos(2 * math.pi / WINDOW * n))
+
+
+def transform(waves):
+    """Short-time Fourier transform: (N, samples) -> (N, frames, 2, BINS), real and imaginary."""
+    basis, hann = fourier(waves.device)
+    frames = F.pad(waves, (HOP // 2, HOP // 2)).unfold(1, WINDOW, HOP)        # (N, frames, WINDOW)
+    return (frames * hann @ basis).unflatten(2, (2, BINS))
+
+
+def untransform(parts):
+    """(N, frames, 2, BINS) -> (N, samples): the waveform whose transform is nearest (Eq. 6 of
+    Griffin and Lim 1984, "Signal Estimation from Modified Short-Time Fourier Transform")."""
+    basis, hann = fourier(parts.device)
+    both = torch.full((BINS,), 2.0, device=parts.device)        # a bin stands for its mirror too,
+    both[0] = 1.0                                               # but the constant has none
+    frames = (parts * both / WINDOW).flatten(2) @ basis.T * hann              # (N, frames, WINDOW)
+
+    def overlap(frames):
+        length = (frames.shape[1] - 1) * HOP + WINDOW
+        return F.fold(frames.transpose(1, 2), (1, length), (1, WINDOW), stride=(1, HOP)).flatten(1)
+    waves = overlap(frames) / overlap(hann.square().expand_as(frames)).clamp(min=1e-3)
+    return waves[:, HOP // 2:-(HOP // 2)]
+
+
+def spectrum(waves):
+    """Waveforms (N, 1, samples) -> pictures (N, 1, BINS, samples / HOP) in [-1, 1]: how loud each
+    frequency is along time, on a logarithmic scale. Phases are left out."""
+    magnitude = transform(waves[:, 0]).norm(dim=2).clamp(QUIET, LOUD)           # (N, frames, BINS)
+    return 2 * ((magnitude / QUIET).log() / math.log(LOUD / QUIET)).transpose(1, 2)[:, None] - 1
+
+
+def waveform(spectra, rounds=60):
+    """The inverse of `spectrum`, up to phases, which are guessed until they fit one another:
+    keep the magnitudes, take the phases of the nearest waveform, again and again (Griffin-Lim)."""
+    level = (spectra[:, 0].transpose(1, 2) + 1) / 2                             # (N, frames, BINS)
+    magnitude = (QUIET * (LOUD / QUIET) ** level)[:, :, None]
+    guess = torch.randn(*level.shape[1:], generator=torch.Generator().manual_seed(0))
+    angle = math.pi * guess.to(spectra)[None, :, None]
+    parts = torch.cat([angle.cos(), angle.sin()], 2)                            # of length 1
+    for _ in range(rounds):
+        parts = transform(untransform(magnitude * parts))
+        parts = parts / parts.norm(dim=2, keepdim=True).clamp(min=1e-8)
+    return untransform(magnitude * parts)[:, None]
 
 
 # --- layers --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from adapter import load
 
-shapes, vqvae = load("worlds.shapes"), load("vqvae")
+shapes, tones, vqvae = load("worlds.shapes"), load("worlds.tones"), load("vqvae")
 
 SMALL = vqvae.VQVAEConfig(widths=(16, 32), blocks=1, latent_channels=4, codes=32)
 BOTTLENECKS = ("vq", "kl")
@@ -296,3 +296,58 @@ def test_one_batch_can_be_memorised(bottleneck, decibels, pictures):
 def test_a_bottleneck_of_another_name_is_an_error():
     with pytest.raises(ValueError, match="fsq"):
         small("fsq")
+
+
+# --- sound as a picture --------------------------------------------------------------------------
+
+def chords(count):
+    rng = np.random.default_rng(0)
+    scenes = [tones.sample(rng) for _ in range(count)]
+    return scenes, torch.from_numpy(np.stack([tones.render(scene, rng) for scene in scenes]))
+
+
+def test_transform_is_that_of_torch():
+    waves = chords(3)[1][:, 0]
+    parts = vqvae.transform(waves)
+    padded = torch.nn.functional.pad(waves, (64, 64))
+    expected = torch.stft(padded, 256, 128, window=torch.hann_window(256), center=False,
+                          return_complex=True)[:, :128].transpose(1, 2)         # (N, frames, 128)
+    assert parts.shape == (3, 32, 2, 128)
+    torch.testing.assert_close(parts[:, :, 0], expected.real, atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts[:, :, 1], expected.imag, atol=1e-4, rtol=0)
+
+
+def test_untransform_undoes_transform():
+    waves = chords(3)[1][:, 0]
+    torch.testing.assert_close(vqvae.untransform(vqvae.transform(waves)), waves, atol=3e-3, rtol=0)
+
+
+def test_a_sound_of_one_frequency_is_one_line_of_its_spectrum():
+    time = torch.arange(4096) / 8000
+    for row in (10, 40, 100):                       # rows are 8000 / 256 Hz apart
+        picture = vqvae.spectrum(0.2 * torch.sin(2 * math.pi * row * 31.25 * time)[None, None])
+        assert picture.shape == (1, 1, 128, 32) and picture.abs().max() <= 1
+        middle = picture[0, 0, :, 1:-1]
+        assert (middle.argmax(0) == row).all()
+        away = (torch.arange(128) - row).abs() > 3
+        assert middle[away].max() < -0.9
+
+
+def test_ten_times_as_loud_is_as_much_brighter_everywhere():
+    waves = 0.02 * torch.randn(1, 1, 4096)
+    soft, loud = vqvae.spectrum(waves), vqvae.spectrum(10 * waves)
+    inside = (soft > -1) & (loud < 1)
+    assert inside.float().mean() > 0.5
+    step = 2 * math.log(10) / math.log(vqvae.LOUD / vqvae.QUIET)
+    torch.testing.assert_close((loud - soft)[inside], torch.full_like(soft[inside], step))
+
+
+def test_sounds_come_back_from_their_spectra():
+    scenes, waves = chords(24)
+    rebuilt = vqvae.waveform(vqvae.spectrum(waves), rounds=40)
+    assert rebuilt.shape == waves.shape
+    read = [tones.grade(wave.numpy()) for wave in rebuilt]
+    assert sum(a == b for a, b in zip(read, scenes)) >= 23
+    assert torch.equal(rebuilt, vqvae.waveform(vqvae.spectrum(waves), rounds=40))
+    silent = vqvae.waveform(torch.full((1, 1, 128, 32), -1.0), rounds=5)
+    assert silent.isfinite().all() and silent.square().mean().sqrt() < 0.01
