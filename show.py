@@ -72,7 +72,7 @@ def verdict(scene, wanted):
     return ("unreadable" if scene is None else "wrong: " + shapes.describe(scene)), "firebrick"
 
 
-def sheet(system, settings, out, title, corpus=None, count=8, seed=7):
+def sheet(system, out, title, corpus=None, count=8, seed=7):
     """prompt, true and generated picture, what the grader reads; then picture and its caption."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -86,7 +86,7 @@ def sheet(system, settings, out, title, corpus=None, count=8, seed=7):
         pairs = [document for document in corpus.documents[:count]]
         texts, scenes = [pair[0][1] for pair in pairs], None
         true = torch.from_numpy(corpus.signals["image"][[pair[1][1] for pair in pairs]]) / 127.5 - 1
-    drawn, written = system.draw(texts, **settings), system.caption(true)
+    drawn, written = system.draw(texts), system.caption(true)
     pyplot = _pyplot()
     widths = [2.6, 1, 1, 2.6, 0.3, 1, 2.6]
     figure, axes = pyplot.subplots(len(texts), 7, figsize=(13, 1.25 * len(texts) + 0.8),

@@ -423,8 +423,7 @@ def train_transformer(arch, config, model_options, resume=False):
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
         state = torch.get_rng_state()       # looking must not change what comes after
-        show.sheet(system, scores.SETTINGS[setting],
-                   folder / "progress" / f"step-{trainer.step:06d}.png",
+        show.sheet(system, folder / "progress" / f"step-{trainer.step:06d}.png",
                    f"{arch}, step {trainer.step}", held_out, count=4)
         torch.set_rng_state(state)
 
@@ -435,12 +434,12 @@ def train_transformer(arch, config, model_options, resume=False):
     trainer.train(called, max(1, config.steps // 4), progress, save)
     save()
     report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
-    report |= (scores.score_shapes(system, setting, config.cases) if held_out is None
+    report |= (scores.score_shapes(system, config.cases) if held_out is None
                else scores.score_folder(system, held_out, config.cases))
     report["wall_seconds"] = round(time.time() - begun, 1)
     write_json(folder / "report.json", report)
     title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
-    show_run(system, scores.SETTINGS[setting], folder, title, held_out, config.seed)
+    show_run(system, folder, title, held_out, config.seed)
     finish(folder)
 
 
@@ -472,12 +471,12 @@ def prepare(arch, setting, config, model_options, corpus, name, device):
     return model, batches, autoencoder, about
 
 
-def show_run(system, settings, folder, title, held_out, seed):
+def show_run(system, folder, title, held_out, seed):
     """curves.png, samples.png and transcript.md of a finished run."""
     show.curves(folder / "metrics.jsonl", folder / "curves.png", title)
-    show.sheet(system, settings, folder / "samples.png", title, held_out)
+    show.sheet(system, folder / "samples.png", title, held_out)
     torch.manual_seed(seed)
-    free = system.complete([[]], spans=3, temperature=1.0, **settings)[0]
+    free = system.complete([[]], spans=3, temperature=1.0)[0]
     write_document(free, folder / "transcript.md")
 
 
