@@ -19,7 +19,7 @@ from chameleon import Chameleon, ChameleonConfig
 from data import InputError, Tokenizer, pack_prompts, read_picture, to_bytes, to_signal, unpack
 from mot import MoTChameleon, MoTTransfusion
 from transfusion import Transfusion, TransfusionConfig
-from vqvae import VQVAE, VQVAEConfig
+from vqvae import VQVAE, Codec, VQVAEConfig
 
 FORMAT = 1                  # of checkpoints; raised when an older reader no longer understands them
 
@@ -31,25 +31,30 @@ MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
 
 
 class System:
-    """A model with its tokenizer and autoencoder: words and pictures in, words and pictures out."""
+    """A model with what tokenizes for it: documents of words and signals in, and out."""
 
-    def __init__(self, model, autoencoder, tokenizer, device="cpu"):
-        self.model, self.autoencoder = model.eval(), autoencoder.eval()
+    def __init__(self, model, codecs, tokenizer, device="cpu"):
+        """codecs: {modality name: vqvae.Codec}, each on the device."""
+        self.model, self.codecs = model.eval(), codecs
         self.tokenizer, self.layout, self.device = tokenizer, model.layout, torch.device(device)
         self.positions = [model.positions(kind) if shape else 0
                           for kind, shape in enumerate(model.layout.shapes)]
-        self.picture_size = autoencoder.config.size
 
     @torch.no_grad()
-    def encode(self, pictures):
-        """Pictures (N, 3, H, W) in [-1, 1] -> codes or latents, on the CPU."""
+    def encode(self, name, signals):
+        """Signals of a modality, as its codec takes them -> codes or latents, on the CPU."""
         with precision(self.device):
-            return self.autoencoder.encode(pictures.to(self.device)).cpu()
+            return self.codecs[name].encode(signals.to(self.device)).cpu()
 
     @torch.no_grad()
-    def decode(self, encoded):
+    def decode(self, name, encoded):
         with precision(self.device):
-            return self.autoencoder.decode(encoded.to(self.device)).cpu()
+            return self.codecs[name].decode(encoded.to(self.device)).cpu()
+
+    @property
+    def picture_size(self):
+        """Pixels of a side."""
+        return self.codecs["image"].autoencoder.config.size[0]
 
     def complete(self, prompts, spans=1, new_text=64, batch=128, **settings):
         """Go on with prompts [("text", str) | ("image", picture) | ("image", None: to draw), ...].
@@ -63,12 +68,17 @@ class System:
         return documents
 
     def _complete(self, prompts, spans, new_text, settings):
-        given = [content for prompt in prompts for name, content in prompt
-                 if name != "text" and content is not None]
-        number = iter(range(len(given)))
-        numbered = [[(name, content if name == "text" or content is None else next(number))
-                     for name, content in prompt] for prompt in prompts]
-        encoded = {"image": self.encode(torch.stack(given))} if given else {}
+        given = {name: [] for name in self.codecs}
+        numbered = []
+        for prompt in prompts:
+            numbered.append([])
+            for name, content in prompt:
+                if name != "text" and content is not None:
+                    given[name].append(content)
+                    content = len(given[name]) - 1
+                numbered[-1].append((name, content))
+        encoded = {name: self.encode(name, torch.stack(signals))
+                   for name, signals in given.items() if signals}
         batch = pack_prompts(numbered, self.tokenizer, self.layout, self.positions, encoded)
         # room for a span even where none may be drawn, or the model could not open one
         size = batch.tokens.shape[1] + new_text + max(spans, 1) * (max(self.positions) + 2)
@@ -84,11 +94,18 @@ class System:
             if old and new and old[-1][0] == new[0][0] == "text":
                 old[-1:], new = [("text", old[-1][1] + new[0][1])], new[1:]
             completed.append((old, new))
-        drawn = [content for _, new in completed for name, content in new
-                 if name != "text" and content is not None]
-        pictures = iter(self.decode(torch.stack(drawn)) if drawn else ())
-        return [old + [(name, content if name == "text" or content is None else next(pictures))
-                       for name, content in new] for old, new in completed]
+        return self._decode(completed)
+
+    def _decode(self, completed):
+        """[(old, new), ...] -> documents, where codes or latents in `new` have become signals."""
+        signals = {}
+        for kind in self.codecs:
+            drawn = [content for _, new in completed for name, content in new
+                     if name == kind and content is not None]
+            signals[kind] = iter(self.decode(kind, torch.stack(drawn)) if drawn else ())
+        return [old + [(name, content if name == "text" or content is None
+                        else next(signals[name])) for name, content in new]
+                for old, new in completed]
 
     def draw(self, captions, **settings):
         """Captions -> pictures (N, 3, H, W)."""
@@ -131,7 +148,7 @@ def load_checkpoint(path):
                          f"({FORMAT}): update the code")
     wanted = ["arch", "autoencoder"]
     if saved.get("arch") != "vqvae":
-        wanted += ["setting", "config", "mot", "merges", "ema"]
+        wanted = ["arch", "autoencoders", "setting", "config", "mot", "merges", "ema"]
     missing = [name for name in wanted if name not in saved]
     if missing:
         raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint')
@@ -150,11 +167,10 @@ def _tuples(value):
     return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
-def layout_of(tokenizer, autoencoder):
-    """The layout of sequences that hold this autoencoder's codes or latents."""
-    config = autoencoder.config
-    codes = {"image": config.codes} if config.bottleneck == "vq" else {}
-    return tokenizer.layout({"image": (config.latent_channels, *config.grid)}, codes)
+def layout_of(tokenizer, codecs):
+    """The layout of sequences that hold what these codecs ({modality name: Codec}) encode."""
+    return tokenizer.layout({name: codec.shape for name, codec in codecs.items()},
+                            {name: codec.codes for name, codec in codecs.items()})
 
 
 def load_system(path, device="cpu"):
@@ -163,11 +179,13 @@ def load_system(path, device="cpu"):
     if saved["arch"] == "vqvae":
         raise InputError(f'"{path}" is an autoencoder; '
                          "sample.py talks to chameleon, transfusion and mot")
-    tokenizer, autoencoder = Tokenizer(saved["merges"]), load_autoencoder(saved["autoencoder"])
-    model = build(saved["arch"], saved["setting"], saved["config"],
-                  layout_of(tokenizer, autoencoder), saved["mot"])
+    tokenizer = Tokenizer(saved["merges"])
+    codecs = {name: Codec(name, load_autoencoder(kept).to(device))
+              for name, kept in saved["autoencoders"].items()}
+    model = build(saved["arch"], saved["setting"], saved["config"], layout_of(tokenizer, codecs),
+                  saved["mot"])
     model.load_state_dict(saved["ema"])
-    return System(model.to(device), autoencoder.to(device), tokenizer, device)
+    return System(model.to(device), codecs, tokenizer, device)
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -258,7 +276,7 @@ def main():
     torch.manual_seed(args.seed)
     settings = {} if args.guidance is None else {"guidance": args.guidance}
     if args.image:
-        picture = to_signal(read_picture(args.image, system.picture_size[0]))
+        picture = to_signal(read_picture(args.image, system.picture_size))
         print(system.caption(picture[None])[0])
         return
     out = Path(args.out or ("sample.png" if args.prompt else "sample.md"))

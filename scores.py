@@ -59,7 +59,7 @@ def score_shapes(system, count=512, seed=12345):
     and held-out pairs are, nearly always or always, new as scenes too. Pictures are drawn as the
     model's `generate` does by itself.
     """
-    size, scores = system.picture_size[0], {}
+    size, scores = system.picture_size, {}
     torch.manual_seed(seed)
     for name, kind in (("_one", {"things": 1}), ("_two", {"things": 2}),
                        ("_heldout", {"held_out": True})):
@@ -78,8 +78,9 @@ def score_shapes(system, count=512, seed=12345):
     opened = [document == [("text", caption), ("image", None)]
               for document, caption in zip(documents, captions)]
     scores |= {"boi_rate": sum(opened) / count, "boi_rate_n": count}
-    return scores | score_reconstruction(lambda x: system.decode(system.encode(x)),
-                                         count, seed, size)
+    def roundtrip(pictures):
+        return system.decode("image", system.encode("image", pictures))
+    return scores | score_reconstruction(roundtrip, count, seed, size)
 
 
 def score_folder(system, corpus, count=512):
@@ -87,7 +88,7 @@ def score_folder(system, corpus, count=512):
     pairs = [(document[0][1], document[1][1]) for document in corpus.documents][:count]
     pictures = to_signal(corpus.signals["image"][[number for _, number in pairs]])
     written = system.caption(pictures)
-    rebuilt = system.decode(system.encode(pictures))
+    rebuilt = system.decode("image", system.encode("image", pictures))
     right = sum(a == text for a, (text, _) in zip(written, pairs))
     return {"caption_token_accuracy": token_accuracy(system, corpus),
             "caption_token_accuracy_n": len(pairs),
@@ -98,7 +99,7 @@ def score_folder(system, corpus, count=512):
 @torch.no_grad()
 def token_accuracy(system, corpus):
     """Share of caption ids that are the model's first choice, given picture and true ids before."""
-    encoded = {"image": system.encode(to_signal(corpus.signals["image"]))}
+    encoded = {"image": system.encode("image", to_signal(corpus.signals["image"]))}
     longest = max(len(system.tokenizer.encode(text)) for text in corpus.texts())
     batches = Batches(corpus, system.tokenizer, system.layout, encoded, system.positions, rows=8,
                       length=longest + max(system.positions) + 4, read=1.0, drop=0.0)

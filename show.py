@@ -80,7 +80,7 @@ def sheet(system, out, title, corpus=None, count=8, seed=7):
         scenes = [shapes.sample(rng, things=1 + i % 2, held_out=i >= count - 2)
                   for i in range(count)]
         texts = [shapes.describe(scene, rng) for scene in scenes]
-        true = torch.from_numpy(np.stack([shapes.render(scene, rng, system.picture_size[0])
+        true = torch.from_numpy(np.stack([shapes.render(scene, rng, system.picture_size)
                                           for scene in scenes]))
     else:
         pairs = [document for document in corpus.documents[:count]]
@@ -136,7 +136,7 @@ def demo_pictures(count, seed=0):
 def demo(bottleneck):
     """A real batch of the shapes world and its layout; the autoencoder behind it is untrained."""
     from sample import layout_of
-    from vqvae import VQVAE, VQVAEConfig
+    from vqvae import VQVAE, Codec, VQVAEConfig
     torch.manual_seed(0)
     corpus = shapes_corpus(np.random.default_rng(0), 400)
     tokenizer, pictures = Tokenizer.train(corpus.texts()), to_signal(corpus.signals["image"])
@@ -145,7 +145,7 @@ def demo(bottleneck):
         autoencoder.loss(pictures[:64])         # places the codes
         autoencoder.eval().fit_scale(pictures)
         encoded = {"image": autoencoder.encode(pictures)}
-    layout = layout_of(tokenizer, autoencoder)
+    layout = layout_of(tokenizer, {"image": Codec("image", autoencoder)})
     positions = [0, 16 if bottleneck == "kl" else 64, 0, 0]
     length = 96 if bottleneck == "kl" else 256
     return next(Batches(corpus, tokenizer, layout, encoded, positions, 4, length)), layout

@@ -45,7 +45,7 @@ from data import (Batches, InputError, Tokenizer, folder_corpus, good_length, me
 from sample import (FORMAT, MODELS, Parser, System, build, layout_of, load_autoencoder,
                     load_checkpoint, pick_device, precision, run, write_document)
 from transfusion import TransfusionConfig
-from vqvae import VQVAE, VQVAEConfig, code_usage
+from vqvae import VQVAE, Codec, VQVAEConfig, code_usage
 
 
 @dataclass(frozen=True)
@@ -405,8 +405,8 @@ def train_transformer(arch, config, model_options, resume=False):
     check_writable(folder)
     saved = load_checkpoint(folder) if resume else None
     config = with_presets(config, setting)
-    model, batches, autoencoder, about = prepare(arch, setting, config, model_options, corpus, name,
-                                                 device)
+    model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, name,
+                                            device)
     trainer = Trainer(model, batches, config, device, folder)
     if saved:
         for part in ("arch", "setting", "data", "config", "autoencoder_run"):
@@ -418,7 +418,7 @@ def train_transformer(arch, config, model_options, resume=False):
     else:
         make_folder(folder)
     trainer.compile()
-    system = System(trainer.averaged, autoencoder, Tokenizer(about["merges"]), device)
+    system = System(trainer.averaged, codecs, Tokenizer(about["merges"]), device)
 
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
@@ -444,7 +444,7 @@ def train_transformer(arch, config, model_options, resume=False):
 
 
 def prepare(arch, setting, config, model_options, corpus, name, device):
-    """Tokenize everything once -> (model, batches, autoencoder, what a checkpoint says of them)."""
+    """Tokenize everything once -> (model, batches, codecs, what a checkpoint says of them)."""
     _, config_class, bottleneck = MODELS[arch, setting]
     model_config = config_class(**{**SIZES[config.size], **model_options})
     if model_config.width % (2 * model_config.heads):
@@ -454,9 +454,11 @@ def prepare(arch, setting, config, model_options, corpus, name, device):
     kept = with_presets(kept, f"vqvae-{bottleneck}")
     autoencoder, autoencoder_run = train_autoencoder(
         corpus, autoencoder_config(config, bottleneck=bottleneck), kept, device, name)
-    encoded = {"image": encode_all(autoencoder, corpus.signals["image"], device)}
+    codecs = {"image": Codec("image", autoencoder)}
+    encoded = {name: encode_all(codec, corpus.signals[name], device)
+               for name, codec in codecs.items()}
     tokenizer = Tokenizer.train(corpus.texts())
-    layout = layout_of(tokenizer, autoencoder)
+    layout = layout_of(tokenizer, codecs)
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout)
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
@@ -467,8 +469,9 @@ def prepare(arch, setting, config, model_options, corpus, name, device):
     about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": None,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
-             "autoencoder": packed(autoencoder), "autoencoder_run": autoencoder_run.name}
-    return model, batches, autoencoder, about
+             "autoencoders": {name: packed(codec.autoencoder) for name, codec in codecs.items()},
+             "autoencoder_run": autoencoder_run.name}
+    return model, batches, codecs, about
 
 
 def show_run(system, folder, title, held_out, seed):

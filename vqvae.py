@@ -282,6 +282,38 @@ class VQVAE(nn.Module):
             self.latent_std.copy_(latents.std((0, 2, 3), keepdim=True))
 
 
+class Codec:
+    """Signals of one modality <-> codes or latents, by an autoencoder of pictures.
+
+    image: (N, 3, H, W) is a picture.  audio: (N, 1, samples) becomes its spectrum.
+    video: (N, frames, 3, H, W) is taken frame by frame; what the frames become stands one below
+    the other in time's order, so that a clip is a tall picture of latents (N, C, frames * h, w).
+    """
+
+    def __init__(self, name, autoencoder, frames=1):
+        self.name, self.autoencoder, self.frames = name, autoencoder, frames
+        config, (h, w) = autoencoder.config, autoencoder.config.grid
+        self.shape = config.latent_channels, frames * h, w
+        self.codes = config.codes if config.bottleneck == "vq" else 0
+
+    def encode(self, signals):
+        """Signals -> codes (N, frames * h, w) int64, or latents (N, C, frames * h, w)."""
+        if self.name == "audio":
+            signals = spectrum(signals)
+        if self.name != "video":
+            return self.autoencoder.encode(signals)
+        encoded = self.autoencoder.encode(signals.flatten(0, 1)).unflatten(0, (-1, self.frames))
+        return encoded.movedim(1, -3).flatten(-3, -2)       # (N, [C,] frames, h, w), then stacked
+
+    def decode(self, encoded):
+        """The inverse of `encode`."""
+        if self.name == "video":
+            frames = encoded.unflatten(-2, (self.frames, -1)).movedim(-3, 1)
+            return self.autoencoder.decode(frames.flatten(0, 1)).unflatten(0, (-1, self.frames))
+        signals = self.autoencoder.decode(encoded)
+        return waveform(signals) if self.name == "audio" else signals
+
+
 def code_usage(codes, K):
     """Codes (...) seen over an epoch -> (perplexity, share of the K codes that occur at all)."""
     share = torch.bincount(codes.flatten(), minlength=K).float() / codes.numel()

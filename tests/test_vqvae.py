@@ -351,3 +351,38 @@ def test_sounds_come_back_from_their_spectra():
     assert torch.equal(rebuilt, vqvae.waveform(vqvae.spectrum(waves), rounds=40))
     silent = vqvae.waveform(torch.full((1, 1, 128, 32), -1.0), rounds=5)
     assert silent.isfinite().all() and silent.square().mean().sqrt() < 0.01
+
+
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+def test_a_clip_is_its_frames_one_below_the_other(bottleneck, pictures):
+    model = small(bottleneck)
+    model.train().loss(pictures)                                # places the codes
+    model.eval()
+    codec = vqvae.Codec("video", model, frames=4)
+    clips = torch.stack([pictures[:4], pictures[4:]])                           # (2, 4, 3, 32, 32)
+    with torch.no_grad():
+        encoded, frames = codec.encode(clips), model.encode(pictures)
+        assert encoded.shape == (2, *codec.shape[bottleneck == "vq":])
+        for clip in range(2):
+            for frame in range(4):
+                rows = encoded[clip, ..., 8 * frame:8 * frame + 8, :]
+                torch.testing.assert_close(rows, frames[4 * clip + frame])
+        rebuilt = codec.decode(encoded)
+        assert rebuilt.shape == clips.shape
+        torch.testing.assert_close(rebuilt.flatten(0, 1), model.decode(frames))
+
+
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+def test_a_sound_is_encoded_by_its_spectrum(bottleneck):
+    model = small(bottleneck, channels=1, size=(128, 32), strides=((4, 2), (4, 2)))
+    waves = chords(4)[1]
+    model.train().loss(vqvae.spectrum(waves))
+    codec = vqvae.Codec("audio", model.eval())
+    with torch.no_grad():
+        encoded = codec.encode(waves)
+        assert encoded.shape == (4, *codec.shape[bottleneck == "vq":]) and codec.shape[1:] == (8, 8)
+        torch.testing.assert_close(encoded, model.encode(vqvae.spectrum(waves)))
+        rebuilt = codec.decode(encoded)
+        assert rebuilt.shape == waves.shape
+        torch.testing.assert_close(rebuilt, vqvae.waveform(model.decode(encoded)))
+    assert codec.codes == (32 if bottleneck == "vq" else 0)
