@@ -217,8 +217,9 @@ def parse_metadata(line, where):
     """One line of metadata.jsonl -> (file name, text)."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}): {line[:60]}") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", type(error).__name__)
+        raise InputError(f"{where}: not JSON ({reason}): {line[:60]}") from None
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str)
                                               for key in ("file_name", "text")):
         raise InputError(f'{where}: needs "file_name" and "text", both strings: {line[:60]}')

@@ -12,9 +12,12 @@ from worlds import shapes
 QUARTERS = ("t < 1/4 (little noise)", "1/4 to 1/2", "1/2 to 3/4", "t > 3/4 (mostly noise)")
 EXPLAINED = {"text": "text: cross-entropy, nats per token", "image": "image",
              "reconstruction": "reconstruction: mean squared error",
-             "kl": "KL, nats per latent element", "perplexity": "codes: perplexity",
+             "kl": "KL, nats per latent element",
              "commitment": "commitment: squared distance to the code",
              "log_z_squared": "(log Z)^2, held down by the z-loss"}
+
+
+IMAGE = (": cross-entropy, nats per code", ": squared error of the velocity")
 
 
 def _pyplot():
@@ -39,7 +42,8 @@ def curves(metrics_path, out, title):
             axis.plot([step for step, _ in points], [value for _, value in points],
                       label=QUARTERS[int(name[-1])] if names is noise else name)
         axis.set_title("image: diffusion loss by noise level" if names is noise
-                       else EXPLAINED.get(names[0], names[0]), fontsize=10)
+                       else EXPLAINED.get(names[0], names[0]) + IMAGE[bool(noise)]
+                       * (names == ["image"]), fontsize=10)
         axis.set_xlabel("step")
         axis.set_yscale("log" if all(value > 0 for line in axis.lines for value in line.get_ydata())
                         else "linear")
@@ -116,7 +120,8 @@ def sheet(system, out, title, corpus=None, count=8, seed=7):
 def reconstructions(pictures, rebuilt, out, title):
     """Pictures above, what the autoencoder makes of them below."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(2, len(pictures), figsize=(1.2 * len(pictures), 3))
+    figure, axes = pyplot.subplots(2, len(pictures), figsize=(1.2 * len(pictures), 3),
+                                   squeeze=False)
     for k, (above, below) in enumerate(zip(pictures, rebuilt)):
         _picture(axes[0][k], above, "true" if k == 0 else "")
         _picture(axes[1][k], below, "rebuilt" if k == 0 else "")

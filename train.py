@@ -55,7 +55,7 @@ class TrainConfig:
     out: str = ""                   # the run's folder (default: runs/ and the run's name)
     steps: int = 0                  # training steps (default: the architecture's own, see PRESETS)
     batch_size: int = 0             # packed rows a step; pictures for vqvae (default: see PRESETS)
-    context: int = 0                # positions of a row (default: half again the longest document)
+    context: int = 0                # positions of a row (default: the shortest that pack well)
     picture_size: int = 32          # pixels of a side; a multiple of 8
     size: str = "tiny"              # of the model: tiny, small or base
     pictures: int = 40_000          # of the toy world, to train on
@@ -117,7 +117,7 @@ class Trainer:
 
     def learning_rate(self):
         """Linear warm-up, then half a cosine down to a hundredth of the peak."""
-        warmup = min(self.config.warmup, max(1, self.config.steps // 5))
+        warmup = max(1, min(self.config.warmup, self.config.steps // 5))
         done = max(0, self.step - warmup) / max(1, self.config.steps - warmup)
         fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return self.config.lr * min(1.0, (self.step + 1) / warmup) * fall
@@ -147,18 +147,19 @@ class Trainer:
         """Run to the last step; `at_each()` every `every` steps, `save()` once a minute."""
         self.model.train()
         recent, last_save = [], time.time()
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            bar = tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
-                       mininterval=1, dynamic_ncols=True)
+        with (open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log,
+              tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
+                   mininterval=1, dynamic_ncols=True) as bar):
             while self.step < self.config.steps:
                 start = time.time()
                 recent.append(self.train_step())
                 self.seconds += time.time() - start
                 bar.update()
-                if self.step % self.log_every == 0 or self.step == self.config.steps:
+                saving = save and time.time() - last_save > 60
+                if saving or self.step % self.log_every == 0 or self.step == self.config.steps:
                     row = mean_of(recent)
                     recent = []
-                    if not math.isfinite(row["loss"]):
+                    if not math.isfinite(row["loss"]):      # found before anything is saved
                         raise InputError(f"the loss is {row['loss']} at step {self.step}: "
                                          f"try a lower --lr (it was {self.config.lr}); "
                                          "the last checkpoint is kept")
@@ -169,10 +170,9 @@ class Trainer:
                                      ("text", "image", "reconstruction") if row.get(name)})
                 if at_each and self.step % every == 0 and self.step < self.config.steps:
                     at_each()
-                if save and time.time() - last_save > 60:
+                if saving:
                     save()
                     last_save = time.time()
-            bar.close()
         self.model.eval()
 
     def state(self):
@@ -196,15 +196,16 @@ class Trainer:
 
 def mean_of(rows):
     """Losses of several steps -> their means, as floats; nan (an empty noise level) is left out."""
-    means = {name: torch.stack([row[name].float() for row in rows]).nanmean().item()
-             for name in rows[0]}
+    means = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
+    means = {name: (values.mean() if name == "loss" else values.nanmean()).item()
+             for name, values in means.items()}
     return {name: value if name == "loss" or math.isfinite(value) else None
             for name, value in means.items()}
 
 
 def compiler_exists(device):
-    return device.type == "cuda" or (device.type == "cpu"
-                                     and bool(shutil.which(os.environ.get("CXX", "g++"))))
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, compilers)))
 
 
 class Pictures:
@@ -228,7 +229,7 @@ class Pictures:
 
 # --- the autoencoder -----------------------------------------------------------------------------
 
-def train_autoencoder(corpus, model_config, config, device, data_name, folder=None):
+def train_autoencoder(corpus, held_out, model_config, config, device, data_name, folder=None):
     """Train an autoencoder on a corpus's pictures, or load one that was -> (VQVAE, its folder)."""
     pixels = corpus.signals["image"]
     key = {"data": hashlib.sha256(pixels.tobytes()).hexdigest(),
@@ -252,13 +253,14 @@ def train_autoencoder(corpus, model_config, config, device, data_name, folder=No
     sample = to_signal(pixels[:4000]).to(device)
     with torch.no_grad(), precision(device):
         model.fit_scale(sample)
-    report = autoencoder_report(model, corpus, config, device, data_name, trainer,
+    report = autoencoder_report(model, corpus, held_out, config, device, data_name, trainer,
                                 time.time() - start)
     save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key,
                            "autoencoder": packed(model)})
     write_json(folder / "report.json", report)
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
-    pictures = sample[:12]
+    pictures = sample[:12] if held_out is None else (
+        to_signal(held_out.signals["image"][:12]).to(device))
     with torch.no_grad(), precision(device):
         rebuilt = model(pictures)
     show.reconstructions(pictures.cpu(), rebuilt.cpu(), folder / "samples.png",
@@ -267,17 +269,17 @@ def train_autoencoder(corpus, model_config, config, device, data_name, folder=No
     return model, folder
 
 
-def autoencoder_report(model, corpus, config, device, data_name, trainer, wall):
+def autoencoder_report(model, corpus, held_out, config, device, data_name, trainer, wall):
     """report.json of an autoencoder: its reconstructions, and how many of its codes are in use."""
     roundtrip = Roundtrip(model, device)
     report = {"arch": "vqvae", "setting": model.config.bottleneck, "data": data_name,
               **facts(trainer, wall)}
-    if data_name == "shapes":
+    if held_out is None:
         report |= scores.score_reconstruction(roundtrip, config.cases, size=model.config.size[0])
     else:
-        held_out = to_signal(corpus.signals["image"][:config.cases])
-        report |= {"reconstruction_psnr": scores.psnr(roundtrip(held_out), held_out),
-                   "reconstruction_psnr_n": len(held_out)}
+        pictures = to_signal(held_out.signals["image"][:config.cases])
+        report |= {"reconstruction_psnr": scores.psnr(roundtrip(pictures), pictures),
+                   "reconstruction_psnr_n": len(pictures)}
     if model.config.bottleneck == "vq":
         codes = encode_all(model, corpus.signals["image"], device)
         report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
@@ -313,11 +315,18 @@ def make_folder(folder):
         raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
 
 
-def check_writable(folder):
-    """InputError where a run's folder could not be written: said before the work, not after."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+def check_folder(folder, arch, setting):
+    """InputError where a run's folder could not be written, or holds a run of another kind: said
+    before the work, not after."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f'--out: "{folder}" cannot be written')
+    if (folder / "checkpoint.pt").is_file():
+        kept = load_checkpoint(folder)
+        if kept["arch"] != arch or kept.get("setting", setting) != setting:
+            raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} '
+                             f'({kept.get("setting", "an autoencoder")}), which this one would '
+                             "overwrite; give another --out, or remove it")
 
 
 def save_checkpoint(path, contents):
@@ -372,16 +381,20 @@ def load_data(config):
         rng = np.random.default_rng(config.seed)
         return "shapes", shapes_corpus(rng, config.pictures, config.picture_size), None
     corpus, held_out = folder_corpus(config.data, config.picture_size)
-    return re.sub(r"\W+", "-", Path(config.data).resolve().name), corpus, held_out
+    name = re.sub(r"\W+", "-", Path(config.data).resolve().name)
+    return f"{name}-folder" if name == "shapes" else name, corpus, held_out
 
 
 def train_vqvae(config, model_options):
     """python train.py vqvae"""
     device = pick_device(config.device)
-    name, corpus, _ = load_data(config)
+    name, corpus, held_out = load_data(config)
     model_config = autoencoder_config(config, **{"bottleneck": "vq", **model_options})
     config = with_presets(config, f"vqvae-{model_config.bottleneck}")
-    _, folder = train_autoencoder(corpus, model_config, config, device, name, config.out or None)
+    if config.out:
+        check_folder(Path(config.out), "vqvae", model_config.bottleneck)
+    _, folder = train_autoencoder(corpus, held_out, model_config, config, device, name,
+                                  config.out or None)
     finish(folder)
 
 
@@ -402,13 +415,16 @@ def train_transformer(arch, config, model_options, resume=False):
     folder = Path(config.out or "runs/" + "-".join(
         [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
         + [name] * (name != "shapes")))
-    check_writable(folder)
+    check_folder(folder, arch, setting)
     saved = load_checkpoint(folder) if resume else None
     config = with_presets(config, setting)
-    model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, name,
-                                            device)
+    model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
+                                            name, device)
     trainer = Trainer(model, batches, config, device, folder)
     if saved:
+        if saved.get("merges") != about["merges"]:
+            raise InputError(f'--resume: "{folder}" was trained with other captions; '
+                             "give the same data, or another --out")
         for part in ("arch", "setting", "data", "config", "autoencoder_run"):
             if saved.get(part) != about[part]:
                 raise InputError(f'--resume: "{folder}" was trained with {part} {saved.get(part)}, '
@@ -443,7 +459,7 @@ def train_transformer(arch, config, model_options, resume=False):
     finish(folder)
 
 
-def prepare(arch, setting, config, model_options, corpus, name, device):
+def prepare(arch, setting, config, model_options, corpus, held_out, name, device):
     """Tokenize everything once -> (model, batches, codecs, what a checkpoint says of them)."""
     _, config_class, bottleneck = MODELS[arch, setting]
     model_config = config_class(**{**SIZES[config.size], **model_options})
@@ -453,7 +469,7 @@ def prepare(arch, setting, config, model_options, corpus, name, device):
     kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
     kept = with_presets(kept, f"vqvae-{bottleneck}")
     autoencoder, autoencoder_run = train_autoencoder(
-        corpus, autoencoder_config(config, bottleneck=bottleneck), kept, device, name)
+        corpus, held_out, autoencoder_config(config, bottleneck=bottleneck), kept, device, name)
     codecs = {"image": Codec("image", autoencoder)}
     encoded = {name: encode_all(codec, corpus.signals[name], device)
                for name, codec in codecs.items()}
@@ -507,14 +523,16 @@ def arguments(argv):
     """The command line -> (architecture, TrainConfig, model options that were given, resume)."""
     names = ("vqvae", "chameleon", "transfusion", "mot")
     arch = argv[0] if argv and argv[0] in names else None
-    setting = argv[argv.index("--setting") + 1:][:1] if "--setting" in argv else ["transfusion"]
+    early = Parser(prog="train.py", add_help=False, allow_abbrev=False)     # decides the options
+    early.add_argument("--setting", default="transfusion")
+    setting = early.parse_known_args(argv)[0].setting
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arch", choices=names, help="what to train")
     groups = {"training": TrainConfig}
     if arch:
         groups["model"] = VQVAEConfig if arch == "vqvae" else MODELS.get(
-            (arch, setting[0] if arch == "mot" and setting else arch), (0, TransfusionConfig))[1]
+            (arch, setting if arch == "mot" else arch), (0, TransfusionConfig))[1]
     for title, config_class in groups.items():
         group = parser.add_argument_group(f"{title} options")
         for name, kind, default, text in options_of(config_class):
@@ -536,9 +554,10 @@ def arguments(argv):
 def check(config, given):
     if given["resume"] and given["arch"] == "vqvae":
         raise InputError("--resume is not for vqvae, which trains in a minute: run it again")
-    for name in ("steps", "batch_size", "autoencoder_steps", "cases", "context", "pictures"):
-        if given.get(name, 1) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be 1 or more")
+    for name, value in given.items():
+        least = 0 if name in ("seed", "warmup") or isinstance(value, float) else 1
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),
                           ("device", ("auto", "cpu", "cuda", "mps")), ("bottleneck", ("vq", "kl"))):
         value = given.get(name, getattr(config, name, options[0]))
@@ -546,6 +565,9 @@ def check(config, given):
             raise InputError(f"--{name} is one of {', '.join(options)}, not {value}")
     if config.picture_size < 8 or config.picture_size % 8:
         raise InputError(f"--picture-size is {config.picture_size}; it must be a multiple of 8")
+    if config.picture_size // 4 % given.get("patch", 1):
+        raise InputError(f"--patch is {given['patch']}; it must divide the latents' side of "
+                         f"{config.picture_size // 4}")
 
 
 def main():

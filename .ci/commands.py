@@ -47,8 +47,9 @@ def main():
         if "--help" in given:
             extra = []
         print("$", " ".join(command + extra), flush=True)
-        subprocess.run([sys.executable, *command[1:], *extra], check=True,
-                       stderr=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, *command[1:], *extra], stderr=subprocess.PIPE)
+        if done.returncode:
+            sys.exit(done.stderr.decode(errors="replace")[-2000:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """train.py and sample.py: what they refuse, in one sentence; what they write; that runs repeat."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -98,7 +99,10 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--size", "huge"], "huge"), (["mot", "--device", "tpu"], "tpu"),
     (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
     (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
-    (["mot", "--data", "gone"], "gone"),
+    (["mot", "--data", "gone"], "gone"), (["mot", "--seed", "-1"], "--seed"),
+    (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
+    (["mot", "--width", "0"], "--width"), (["vqvae", "--codes", "0"], "--codes"),
+    (["mot", "--setting=chameleon", "--patch", "2"], "--patch"),
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
     # a folder and few steps matter only where a bad option is let through
@@ -151,6 +155,34 @@ def test_a_caption_longer_than_the_sequence_is_named(runs, capsys, monkeypatch):
     assert stopped.value.code == 2 and sentence.count("\n") == 1
     assert "number" in sentence and "--context" in sentence
     assert not (runs / "short").exists()
+
+
+@pytest.mark.parametrize("arch, out", [
+    ("transfusion", "mot"), ("mot", "mot-chameleon"), ("vqvae", "mot"), ("mot", "vqvae")])
+def test_a_run_of_another_kind_is_not_overwritten(runs, capsys, monkeypatch, arch, out):
+    monkeypatch.chdir(runs)
+    sentence = refused(capsys, train.main, arch, "--data", "pictures", "--out", out, "--steps", 1)
+    assert out in sentence and "overwrite" in sentence
+
+
+@pytest.mark.filterwarnings("ignore")        # of drawing pictures that are nan
+def test_a_loss_that_is_not_a_number_stops_the_run_and_the_checkpoint_before_it_stays(
+        runs, folder, capsys, monkeypatch):
+    for part in ("runs", "mot"):
+        shutil.copytree(runs / part, folder.parent / part)
+    kept = Path("mot/checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        call(train.main, "mot", "--data", "pictures", "--out", "mot", "--steps", 70, "--lr", 1e38,
+             *BRIEF)
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("error: the loss is nan") and "--lr" in sentence
+    assert Path("mot/checkpoint.pt").read_bytes() == kept
+
+
+def test_one_loss_that_is_not_a_number_makes_the_mean_of_its_steps_so():
+    rows = [{"loss": torch.tensor(x), "image_noise_0": torch.tensor(x)} for x in (1.0, math.nan)]
+    means = train.mean_of(rows)
+    assert math.isnan(means["loss"]) and means["image_noise_0"] == 1.0
 
 
 @pytest.mark.parametrize("argv, named", [

@@ -183,7 +183,7 @@ CORNERS = {     # in radii; near them two edges meet, and the distance to one is
 def test_coverage_is_the_share_of_a_pixel_that_16x_supersampling_finds(shape):
     rng = np.random.default_rng(0)
     pixels, points = np.arange(32) + 0.5, (np.arange(512) + 0.5) / 16
-    for radius in [4.0, 5.8, 8.0, 11.6] * 8:
+    for radius in [*shapes.SIZES.values(), 8.0, 11.6] * 8:
         cx, cy = rng.uniform(14, 18, 2)
         x, y = pixels[None, :] - cx, pixels[:, None] - cy
         covered = shapes.coverage(shape, radius, x, y)
