@@ -17,6 +17,7 @@ Text ids come first in the vocabulary, then the special tokens, then the codes o
 import functools
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -184,16 +185,18 @@ def folder_corpus(folder, size=32, held_out=0.1):
     square and resized. Raises InputError naming the file and line of whatever cannot be used.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f'--data: there is no folder "{folder}" (and no toy world of that name)')
     metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
+    if not os.path.isfile(metadata):
         raise InputError(f'--data: "{folder}" has no metadata.jsonl; write one line per picture: '
                          '{"file_name": "0001.png", "text": "its caption"}')
     try:
         lines = metadata.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{metadata}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{metadata}: cannot be read ({error.strerror})") from None
     pairs = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -231,7 +234,7 @@ def parse_metadata(line, where):
 def read_picture(path, size):
     """A PNG or JPEG file -> uint8 (3, size, size): alpha on white, middle square, resized."""
     from PIL import Image, ImageOps, UnidentifiedImageError
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f'there is no picture "{path}"')
     try:
         with Image.open(path) as picture:

@@ -8,6 +8,7 @@ Without a prompt the model decides what comes next, words or a picture, until it
 """
 
 import argparse
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -260,7 +261,8 @@ def arguments():
     parser.add_argument("prompt", nargs="?",
                         help="what to draw; without it, a free-running document")
     parser.add_argument("--image", help="a picture to read: writes its caption")
-    parser.add_argument("--out", help="the file to write (default: sample.png, sample.md)")
+    parser.add_argument("--out", help="the file to write (default: sample.png or sample.md; "
+                                      "a caption is printed)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
     parser.add_argument("--temperature", type=float, default=0.8, help="of a free document's text")
     parser.add_argument("--seed", type=int, default=0)
@@ -275,21 +277,26 @@ def main():
     system = load_system(args.run, pick_device(args.device))
     torch.manual_seed(args.seed)
     settings = {} if args.guidance is None else {"guidance": args.guidance}
+    name = args.out or ("" if args.image else "sample.png" if args.prompt else "sample.md")
+    out = Path(name)
+    if name and (not os.path.isdir(out.parent) or os.path.isdir(out)):
+        raise InputError(f'--out: "{out}" is not a file in a folder that exists')
     if args.image:
         picture = to_signal(read_picture(args.image, system.picture_size))
-        print(system.caption(picture[None])[0])
+        made = system.caption(picture[None])[0]
+        print(made)
+    elif args.prompt:
+        made = system.draw([args.prompt], **settings)[0]
+    else:
+        made = system.complete([[]], spans=3, temperature=args.temperature, **settings)[0]
+        print(" ".join(content if name == "text" else f"[{name}]" for name, content in made))
+    if not name:
         return
-    out = Path(args.out or ("sample.png" if args.prompt else "sample.md"))
-    if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f'--out: "{out}" is not a file in a folder that exists')
     try:
-        if args.prompt:
-            save_picture(system.draw([args.prompt], **settings)[0], out)
+        if args.image:
+            out.write_text(made + "\n", encoding="utf-8")
         else:
-            document = system.complete([[]], spans=3, temperature=args.temperature, **settings)[0]
-            write_document(document, out)
-            print(" ".join(content if name == "text" else f"[{name}]"
-                           for name, content in document))
+            (save_picture if args.prompt else write_document)(made, out)
     except (OSError, ValueError) as error:
         raise InputError(f'"{out}" cannot be written ({error})') from None
     print(f"wrote {out}")

@@ -292,6 +292,16 @@ def test_a_run_writes_its_files_and_its_report(runs, name):
             assert min(image.size) > 200
 
 
+def test_a_caption_is_printed_and_written_where_out_says(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    capsys.readouterr()
+    call(sample.main, "mot", "--image", "pictures/0.png", "--out", tmp_path / "caption.txt")
+    printed, wrote = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert (tmp_path / "caption.txt").read_text() == printed + "\n" and "caption.txt" in wrote
+    assert "--out" in refused(capsys, sample.main, "mot", "--image", "pictures/0.png",
+                              "--out", "gone/caption.txt")
+
+
 def test_vqvae_writes_its_files_and_its_report(runs):
     report = json.loads((runs / "vqvae" / "report.json").read_text())
     assert FILES <= {path.name for path in (runs / "vqvae").iterdir()} and KEYS <= report.keys()
