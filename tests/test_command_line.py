@@ -313,6 +313,21 @@ def test_one_autoencoder_of_each_kind_is_trained_and_shared(runs):
     assert len(list((runs / "runs").glob("vqvae-vq-*"))) == 1
 
 
+def test_an_autoencoder_is_reused_for_the_same_pictures_alone(runs, folder):
+    shutil.copytree(runs / "runs", folder.parent / "runs")
+    kept = next(Path("runs").glob("vqvae-kl-*")) / "checkpoint.pt"
+    written = kept.stat().st_mtime_ns
+    argv = ["mot", "--data", "pictures", "--out", "mot", "--steps", 1, *BRIEF]
+    call(train.main, *argv)
+    assert kept.stat().st_mtime_ns == written
+    assert len(list(Path("runs").glob("vqvae-kl-*"))) == 1
+    for path in folder.glob("*.png"):
+        Image.new("RGB", (32, 32), (0, 99, 0)).save(path)
+    call(train.main, *argv)
+    assert kept.stat().st_mtime_ns == written
+    assert len(list(Path("runs").glob("vqvae-kl-*"))) == 2
+
+
 @every_system
 def test_a_checkpoint_holds_tensors_and_plain_values_alone(runs, name):
     saved = torch.load(runs / name / "checkpoint.pt", weights_only=True)

@@ -405,6 +405,16 @@ def test_a_text_longer_than_the_sequence_is_named():
         stream(corpus, Tokenizer(), length=96)
 
 
+def test_no_text_of_the_shapes_corpus_names_a_held_out_pair(corpus):
+    captions = 0
+    for text in corpus.texts():
+        words = [word.strip(".,:") for word in text.split()]
+        for colour, shape in zip(words, words[1:]):
+            assert (shape, colour) not in shapes.HELD_OUT, text
+            captions += colour in shapes.COLOURS and shape in shapes.SHAPES
+    assert captions > len(corpus.documents)
+
+
 def test_shapes_corpus_holds_every_kind_of_document_and_true_captions(corpus):
     kinds = {tuple(name for name, _ in document) for document in corpus.documents}
     assert kinds == {("text", "image"), ("text", "image", "text", "image"), ("text",)}
