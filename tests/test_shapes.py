@@ -194,7 +194,7 @@ def test_coverage_is_the_share_of_a_pixel_that_16x_supersampling_finds(shape):
             at_corner |= np.maximum(abs(x - i * radius), abs(y - j * radius)) < 2
         # 0.07: 1/32 is the oracle's own step, 0.04 a pixel whose corner a 45 degree edge cuts
         assert abs(covered - expected)[~at_corner].max() < 0.07
-        assert abs(covered.sum() / expected.sum() - 1) < 0.03
+        assert abs(covered.sum() / expected.sum() - 1) < 0.05
 
 
 @pytest.mark.parametrize("size", [32, 64])
