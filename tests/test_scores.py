@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import small
 from adapter import load
 
-scores, shapes = load("scores"), load("worlds.shapes")
+data, scores, shapes = load("data"), load("scores"), load("worlds.shapes")
 
 
 class Known:
@@ -64,6 +65,32 @@ def test_held_out_cases_hold_a_pair_that_training_never_has():
             return super().draw(captions)
     scores.score_shapes(Asked(False), count=12)
     assert [set(kind) for kind in asked] == [{False}, {False}, {True}]
+
+
+@pytest.mark.parametrize("setting", small.SETTINGS)
+def test_token_accuracy_against_a_loop_over_the_ids_of_captions(setting, monkeypatch):
+    encoded, layout = small.signals(setting)["image"], small.LAYOUT[setting]
+    texts = ["a", "bc", "def", "ghij", "klmno", "p"]
+    corpus = data.Corpus([[("text", text), ("image", i)] for i, text in enumerate(texts)],
+                         {"image": np.zeros((6, 3, 32, 32), np.uint8)})
+    system = Known(False)
+    system.model, system.tokenizer, system.layout = small.model(setting), small.TOKENIZER, layout
+    system.positions, system.device = small.POSITIONS, "cpu"
+    monkeypatch.setattr(system, "encode", lambda name, signals: encoded)
+    # a head that likes some ids, so that some answers are right
+    system.model.head.weight.data[[ord(c) for c in "abcdefghijklmnop"]] *= 5
+    right = total = 0
+    for i, text in enumerate(texts):
+        batch = small.prompts(setting, [[("image", i), ("text", text)]])
+        times = [x if x is None else torch.zeros(len(x)) for x in batch.signals]
+        with torch.no_grad():
+            hidden = system.model(*([batch, times] if setting == "transfusion" else [batch]))
+            said = system.model.head(hidden)[0].argmax(-1)
+        start = batch.tokens[0].tolist().index(layout.end[1]) + 1
+        right += sum(said[start + k - 1] == ord(c) for k, c in enumerate(text))
+        total += len(text)
+    assert scores.token_accuracy(system, corpus, batch=4) == pytest.approx(int(right) / total)
+    assert 0 < right < total
 
 
 def test_psnr_by_hand():
