@@ -10,14 +10,11 @@ from data import MODALITIES, Batches, Tokenizer, shapes_corpus, to_bytes, to_sig
 from worlds import shapes
 
 QUARTERS = ("t < 1/4 (little noise)", "1/4 to 1/2", "1/2 to 3/4", "t > 3/4 (mostly noise)")
-EXPLAINED = {"text": "text: cross-entropy, nats per token", "image": "image",
+EXPLAINED = {"text": "text: cross-entropy, nats per token",
              "reconstruction": "reconstruction: mean squared error",
              "kl": "KL, nats per latent element",
              "commitment": "commitment: squared distance to the code",
              "log_z_squared": "(log Z)^2, held down by the z-loss"}
-
-
-IMAGE = (": cross-entropy, nats per code", ": squared error of the velocity")
 
 
 def _pyplot():
@@ -33,6 +30,8 @@ def curves(metrics_path, out, title):
     noise = [name for name in rows[-1] if "_noise_" in name]
     single = [name for name in rows[-1] if name not in noise
               and name not in ("step", "loss", "lr", "gradient_norm", "seconds", "text_accuracy")]
+    explained = EXPLAINED | {"image": "image: squared error of the velocity" if noise
+                             else "image: cross-entropy, nats per code"}
     panels = [[name] for name in single] + ([noise] if noise else [])
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
@@ -42,8 +41,7 @@ def curves(metrics_path, out, title):
             axis.plot([step for step, _ in points], [value for _, value in points],
                       label=QUARTERS[int(name[-1])] if names is noise else name)
         axis.set_title("image: diffusion loss by noise level" if names is noise
-                       else EXPLAINED.get(names[0], names[0]) + IMAGE[bool(noise)]
-                       * (names == ["image"]), fontsize=10)
+                       else explained.get(names[0], names[0]), fontsize=10)
         axis.set_xlabel("step")
         axis.set_yscale("log" if all(value > 0 for line in axis.lines for value in line.get_ydata())
                         else "linear")

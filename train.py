@@ -316,17 +316,19 @@ def make_folder(folder):
 
 
 def check_folder(folder, arch, setting):
-    """InputError where a run's folder could not be written, or holds a run of another kind: said
-    before the work, not after."""
+    """The checkpoint that a run's folder holds, or None. InputError where the folder could not be
+    written, or holds a run of another kind: said before the work, not after."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f'--out: "{folder}" cannot be written')
-    if (folder / "checkpoint.pt").is_file():
-        kept = load_checkpoint(folder)
-        if kept["arch"] != arch or kept.get("setting", setting) != setting:
-            raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} '
-                             f'({kept.get("setting", "an autoencoder")}), which this one would '
-                             "overwrite; give another --out, or remove it")
+    if not (folder / "checkpoint.pt").is_file():
+        return None
+    kept = load_checkpoint(folder)
+    if kept["arch"] != arch or kept.get("setting", setting) != setting:
+        raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} '
+                         f'({kept.get("setting", "an autoencoder")}), which this one would '
+                         "overwrite; give another --out, or remove it")
+    return kept
 
 
 def save_checkpoint(path, contents):
@@ -415,8 +417,8 @@ def train_transformer(arch, config, model_options, resume=False):
     folder = Path(config.out or "runs/" + "-".join(
         [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
         + [name] * (name != "shapes")))
-    check_folder(folder, arch, setting)
-    saved = load_checkpoint(folder) if resume else None
+    kept = check_folder(folder, arch, setting)
+    saved = (kept or load_checkpoint(folder)) if resume else None
     config = with_presets(config, setting)
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device)
@@ -425,7 +427,7 @@ def train_transformer(arch, config, model_options, resume=False):
         if saved.get("merges") != about["merges"]:
             raise InputError(f'--resume: "{folder}" was trained with other captions; '
                              "give the same data, or another --out")
-        for part in ("arch", "setting", "data", "config", "autoencoder_run"):
+        for part in ("data", "config", "autoencoder_run"):
             if saved.get(part) != about[part]:
                 raise InputError(f'--resume: "{folder}" was trained with {part} {saved.get(part)}, '
                                  f"this run has {about[part]}; "

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from worlds.shapes import _pick
+
 RATE = 8000                                 # samples a second
 LENGTH = 4096                               # samples of a waveform, 0.512 s
 TIMBRES = {"sine": (1,), "square": (1, 3, 5, 7), "sawtooth": (1, 2, 3, 4, 5, 6, 7)}  # harmonics
@@ -63,10 +65,6 @@ def sample(rng, notes=None, held_out=False):
                            [tuple(NOTES)[i] for i in rng.permutation(len(NOTES))[:count]])
         if is_held_out(scene) == held_out:
             return scene
-
-
-def _pick(rng, options):
-    return options[int(rng.integers(len(options)))]
 
 
 # --- waveforms -----------------------------------------------------------------------------------
