@@ -1,4 +1,4 @@
-"""The shared tokenizer, the document and batch format, toy corpora and a folder of your own files.
+"""The shared tokenizer, the document and batch format.
 
 A *document* is a list of segments (modality, content), in any order: text segments hold a string,
 the others the number of a signal in the corpus's table.  A *sequence* is what becomes of it:
@@ -15,18 +15,13 @@ Text ids come first in the vocabulary, then the special tokens, then the codes o
 """
 
 import functools
-import json
 import math
-import os
 import re
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from worlds import shapes
 
 MODALITIES = ("text", "image", "audio", "video")        # a position's modality is its place in here
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<boa>", "<eoa>", "<bov>", "<eov>")
@@ -119,7 +114,7 @@ class Tokenizer:
 
 def split_words(text):
     """Words with the space before them, runs of punctuation, single white space: all the text."""
-    return re.findall(r" ?\w+(?:-\w+)*| ?[^\w\s]+|\s", text)
+    return re.findall(r" ?\w+(?:[-#]\w+)*| ?[^\w\s]+|\s", text)
 
 
 def merge(ids, pair, new):
@@ -139,7 +134,7 @@ def merge(ids, pair, new):
 
 class Corpus(NamedTuple):
     documents: list             # of documents: [(modality name, str or number of the signal), ...]
-    signals: dict               # modality name -> uint8 or float array (N, channels, height, width)
+    signals: dict               # modality name -> array (N, ...), as `to_signal` reads it
 
     def texts(self):
         return [content for document in self.documents
@@ -147,107 +142,22 @@ class Corpus(NamedTuple):
 
 
 def to_bytes(signal):
-    """[-1, 1] -> 0..255, as pictures are stored."""
+    """[-1, 1] -> 0..255, as pictures and clips are stored."""
     return np.clip(np.rint((np.asarray(signal) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def to_signal(pixels):
-    """Pixels 0..255, (..., C, H, W) -> float tensor in [-1, 1]."""
-    return torch.as_tensor(pixels).float() / 127.5 - 1
+def to_samples(wave):
+    """[-1, 1] -> -32767..32767, as sounds are stored."""
+    return np.clip(np.rint(np.asarray(wave) * 32767), -32767, 32767).astype(np.int16)
 
 
-def shapes_corpus(rng, pictures=40_000, size=32):
-    """The shapes world as documents: pairs, two-picture stories, and stories without pictures."""
-    documents, table = [], []
-
-    def draw(scene):
-        table.append(to_bytes(shapes.render(scene, rng, size)))
-        return "image", len(table) - 1
-
-    while len(table) < pictures:
-        scene, kind = shapes.sample(rng), rng.random()
-        caption = shapes.describe(scene, rng)
-        sentence, after = shapes.change(scene, rng)
-        if kind < 0.78:         # `Batches` turns some of these around: picture, then caption
-            documents.append([("text", caption), draw(scene)])
-        elif kind < 0.95:
-            documents.append([("text", caption), draw(scene), ("text", sentence), draw(after)])
-        else:                   # opens with another word: what a text without a picture begins with
-            end = shapes.describe(after, rng)
-            documents.append([("text", f"imagine {caption} {sentence} now {end}")])
-    return Corpus(documents, {"image": np.stack(table)})
-
-
-def folder_corpus(folder, size=32, held_out=0.1):
-    """A folder with `metadata.jsonl` (Hugging Face ImageFolder) -> (train, held-out) Corpus.
-
-    Each line is {"file_name": "0001.png", "text": "its caption"}. Pictures are cut to their middle
-    square and resized. Raises InputError naming the file and line of whatever cannot be used.
-    """
-    folder = Path(folder)
-    if not os.path.isdir(folder):
-        raise InputError(f'--data: there is no folder "{folder}" (and no toy world of that name)')
-    metadata = folder / "metadata.jsonl"
-    if not os.path.isfile(metadata):
-        raise InputError(f'--data: "{folder}" has no metadata.jsonl; write one line per picture: '
-                         '{"file_name": "0001.png", "text": "its caption"}')
-    try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{metadata}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{metadata}: cannot be read ({error.strerror})") from None
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            name, text = parse_metadata(line, f"{metadata}, line {number}")
-            try:
-                pixels = read_picture(folder / name, size)
-            except InputError as error:
-                raise InputError(f"{metadata}, line {number}: {error}") from None
-            pairs.append((text, pixels))
-    if len(pairs) < 2:
-        raise InputError(f'--data: "{metadata}" names {len(pairs)} pictures; at least 2 are '
-                         "needed, one to learn from and one to be tested on")
-    shuffled = np.random.default_rng(0).permutation(len(pairs))     # the same split in every run
-    test = min(max(1, int(len(pairs) * held_out)), 512)
-    return tuple(Corpus([[("text", pairs[i][0]), ("image", n)] for n, i in enumerate(part)],
-                        {"image": np.stack([pairs[i][1] for i in part])})
-                 for part in (shuffled[test:], shuffled[:test]))
-
-
-def parse_metadata(line, where):
-    """One line of metadata.jsonl -> (file name, text)."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", type(error).__name__)
-        raise InputError(f"{where}: not JSON ({reason}): {line[:60]}") from None
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str)
-                                              for key in ("file_name", "text")):
-        raise InputError(f'{where}: needs "file_name" and "text", both strings: {line[:60]}')
-    if entry["text"].encode(errors="replace").decode() != entry["text"]:
-        raise InputError(f"{where}: its text is not valid Unicode: {line[:60]}")
-    return entry["file_name"], entry["text"]
-
-
-def read_picture(path, size):
-    """A PNG or JPEG file -> uint8 (3, size, size): alpha on white, middle square, resized."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    if not os.path.isfile(path):
-        raise InputError(f'there is no picture "{path}"')
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I"):            # 16 bits of grey
-                picture = picture.point(lambda value: value / 256).convert("L")
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (UnidentifiedImageError, Image.DecompressionBombError,
-            OSError, SyntaxError, ValueError) as error:
-        raise InputError(f'"{path}" cannot be read as a picture ({error})') from None
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    return np.array(picture, np.uint8).transpose(2, 0, 1)
+def to_signal(stored):
+    """Bytes of pictures and clips, 16-bit samples of sounds -> float tensor in [-1, 1]; a signal
+    stays as it is."""
+    stored = torch.as_tensor(stored)
+    if stored.dtype == torch.uint8:
+        return stored.float() / 127.5 - 1
+    return stored.float() / 32767 if stored.dtype == torch.int16 else stored
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -319,6 +229,16 @@ def good_length(lengths, step=32):
     return max(fills, key=fills.get)
 
 
+def row_length(corpus, tokenizer, positions, length=0):
+    """The length of a row: `length`, where every document fits it, or else a good one (0)."""
+    lengths = [measure(tokenize(document, tokenizer), positions) for document in corpus.documents]
+    if length and max(lengths) > length:
+        text = corpus.documents[int(np.argmax(lengths))][0][1]
+        raise InputError(f"a document needs {max(lengths)} positions, a sequence has {length}: "
+                         f'shorten its text ("{str(text)[:50]}...") or raise --context')
+    return length or good_length(lengths)
+
+
 def measure(document, positions):
     """Positions a tokenized document takes, with <bos>, <eos> and the brackets of its spans."""
     return 2 + sum(len(content) if kind == 0 else positions[kind] + 2 for kind, content in document)
@@ -329,46 +249,63 @@ class Batches:
 
     encoded   {modality name: codes (N, h, w) int64 or latents (N, C, h, w)}, in the corpus's order
     positions positions of one span, by modality
-    Of the two-segment documents with text first, a share `read` is turned around (picture first:
+    Of the two-segment documents with text first, a share `read` is turned around (the signal first:
     the model learns to read it); a share `drop` goes without its text (guidance's null branch).
+
+    Documents that hold the same signals (one picture, say) are a make-up. Each make-up is shuffled
+    and gone through by itself, every document once an epoch, so that each batch can hold as many
+    spans of a modality as any other.
     """
+
+    WAIT = 6        # documents of a make-up that are tried, the oldest first, before it is given up
+    TRIES = 32      # draws of a make-up that may find no room before a batch is full
 
     def __init__(self, corpus, tokenizer, layout, encoded, positions, rows, length, seed=0,
                  read=0.4, drop=0.1):
-        self.layout, self.encoded = layout, encoded
+        self.layout, self.encoded, self.positions = layout, encoded, positions
         self.rows, self.length, self.seed, self.read, self.drop = rows, length, seed, read, drop
-        self.positions = positions
-        self.documents = [tokenize(document, tokenizer) for document in corpus.documents]
-        lengths = [measure(document, self.positions) for document in self.documents]
-        if max(lengths) > length:
-            text = corpus.documents[int(np.argmax(lengths))][0][1]
-            raise InputError(f"a document needs {max(lengths)} positions, a sequence has {length}: "
-                             f'shorten its text ("{str(text)[:50]}...") or raise --context')
-        self.orders, self.spans, self.state = {}, None, {"drawn": 0, "held": []}
-        trials = [self.fill() for _ in range(8)]    # how many spans of each modality fit a batch
-        self.spans = [round(sum(kind and m == kind for rows in trials for documents in rows
-                                for document in documents for m, _ in document) / len(trials))
-                      for kind in range(len(MODALITIES))]
-        self.state = {"drawn": 0, "held": []}
+        groups = {}
+        for document in corpus.documents:
+            spans = tuple(sum(name == kind for name, _ in document) for kind in MODALITIES)
+            groups.setdefault((0, *spans[1:]), []).append(tokenize(document, tokenizer))
+        self.makeups = sorted(groups)                   # by make-up, how many spans of each kind
+        self.documents = [groups[makeup] for makeup in self.makeups]
+        self.shares = np.cumsum([len(group) for group in self.documents]) / len(corpus.documents)
+        self.shares[-1] = 1.0
+        self.orders, self.spans, self.state = {}, None, self.start()
+        trials = [document for _ in range(16) for row in self.fill() for document in row]
+        held = [sum(kind and m == kind for document in trials for m, _ in document) / 16
+                for kind in range(len(MODALITIES))]
+        self.spans = [max(math.floor(count), count > 0) for count in held]      # in every batch
+        if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
+            raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
+                             "a span of each modality; raise it, or --context")
+        self.state = self.start()
 
-    def draw(self, number):
-        """The document drawn as number 0, 1, 2, ...: each once an epoch, in that epoch's order."""
-        epoch, place = divmod(number, len(self.documents))
-        document = self.documents[self.shuffled(epoch)[place]]
+    def start(self):
+        """The state before the first batch: by make-up, how many were drawn, and who waits."""
+        return {"batch": 0, "drawn": [0] * len(self.makeups), "held": [[] for _ in self.makeups]}
+
+    def draw(self, makeup, number):
+        """A make-up's document number 0, 1, 2, ...: each once an epoch, in that epoch's order."""
+        epoch, place = divmod(number, len(self.documents[makeup]))
+        order, chances = self.shuffled(makeup, epoch)
+        document = self.documents[makeup][order[place]]
         if len(document) == 2 and document[0][0] == 0:
-            chance = np.random.default_rng((self.seed, epoch, place)).random()
-            if chance < self.read:
+            if chances[place] < self.read:
                 return document[::-1]
-            if chance < self.read + self.drop:
+            if chances[place] < self.read + self.drop:
                 return document[1:]
         return document
 
-    def shuffled(self, epoch):
-        """The order of an epoch, kept for the next call."""
-        if epoch not in self.orders:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
-            self.orders = {**dict(list(self.orders.items())[-2:]), epoch: order}
-        return self.orders[epoch]
+    def shuffled(self, makeup, epoch):
+        """The order of an epoch and a chance for each of its places, kept for the next call."""
+        if (makeup, epoch) not in self.orders:
+            rng, count = np.random.default_rng((self.seed, makeup, epoch)), len(
+                self.documents[makeup])
+            self.orders.pop((makeup, epoch - 2), None)
+            self.orders[makeup, epoch] = rng.permutation(count), rng.random(count)
+        return self.orders[makeup, epoch]
 
     def __iter__(self):
         return self
@@ -378,30 +315,34 @@ class Batches:
 
     def fill(self):
         """Rows of documents, each where it leaves least room, up to `spans`; the others wait."""
+        rng = np.random.default_rng((self.seed, self.state["batch"]))
+        drawn, held = list(self.state["drawn"]), [list(queue) for queue in self.state["held"]]
         free, wanted = [self.length] * self.rows, list(self.spans or [10 ** 9] * len(MODALITIES))
-        total, rows = self.rows * self.length, [[] for _ in range(self.rows)]
-        waiting, held, misses = list(self.state["held"]), [], 0
-        while misses < 32:
-            if waiting:
-                number = waiting.pop(0)
-            else:
-                number = self.state["drawn"]
-                self.state["drawn"] += 1
-            document = self.draw(number)
-            need = measure(document, self.positions)
-            left = [w - sum(kind == m for kind, _ in document) if m else 0
-                    for m, w in enumerate(wanted)]
+        total, rows, misses = self.rows * self.length, [[] for _ in range(self.rows)], 0
+        while misses < self.TRIES:
+            makeup = int(np.searchsorted(self.shares, rng.random(), side="right"))
+            left = [w - count for w, count in zip(wanted, self.makeups[makeup])]
             reserved = sum(w * p for w, p in zip(left, self.positions)) if self.spans else 0
-            fitting = [f for f in free if f >= need]
-            if not fitting or min(left) < 0 or total - need < reserved:
-                held.append(number)
+            queue, place = held[makeup], 0
+            while min(left) >= 0 and place < self.WAIT:
+                if place == len(queue):
+                    queue.append(drawn[makeup])
+                    drawn[makeup] += 1
+                document = self.draw(makeup, queue[place])
+                need = measure(document, self.positions)
+                fitting = [f for f in free if f >= need]
+                if fitting and total - need >= reserved:
+                    break
+                place += 1
+            else:
                 misses += 1
                 continue
             row = free.index(min(fitting))
             rows[row].append(document)
             free[row] -= need
             total, wanted = total - need, left
-        self.state["held"] = held + waiting
+            del queue[place]
+        self.state = {"batch": self.state["batch"] + 1, "drawn": drawn, "held": held}
         return rows
 
 

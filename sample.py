@@ -1,26 +1,30 @@
-"""Talk to a trained checkpoint: a prompt becomes a picture, a picture becomes a caption.
+"""Talk to a trained checkpoint: a prompt becomes a picture, sound or clip, and these a caption.
 
     python sample.py runs/mot "at the centre a large red circle on white."   writes a picture
     python sample.py runs/mot --image picture.png                            writes a caption
     python sample.py runs/mot                                                writes a free document
+    python sample.py runs/mot-all "a loud sine wave plays C5, G5."           writes a sound
+    python sample.py runs/mot-all --audio sample.wav                         writes a caption
+    python sample.py runs/mot-all --video clip.gif --to audio                writes a clip's sound
 
-Without a prompt the model decides what comes next, words or a picture, until it ends the document.
+Without a prompt the model decides what comes next, words or a signal, until it ends the document.
 """
 
 import argparse
 import os
 import sys
-import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from chameleon import Chameleon, ChameleonConfig
-from data import InputError, Tokenizer, pack_prompts, read_picture, to_bytes, to_signal, unpack
+from data import InputError, Tokenizer, pack_prompts, to_signal, unpack
+from machine import pick_device, precision
+from media import read_picture, read_sound, read_video, save_picture, save_sound, save_video
 from mot import MoTChameleon, MoTTransfusion
 from transfusion import Transfusion, TransfusionConfig
-from vqvae import VQVAE, Codec, VQVAEConfig
+from vqvae import READ_BY, VQVAE, Codec, VQVAEConfig
+from worlds import tones
 
 FORMAT = 1                  # of checkpoints; raised when an older reader no longer understands them
 
@@ -31,37 +35,48 @@ MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
           ("mot", "transfusion"): (MoTTransfusion, TransfusionConfig, "kl")}
 
 
-class System:
-    """A model with what tokenizes for it: documents of words and signals in, and out."""
+class Codecs:
+    """What tokenizes signals, modality by modality."""
 
-    def __init__(self, model, codecs, tokenizer, device="cpu"):
+    def __init__(self, codecs, device="cpu"):
         """codecs: {modality name: vqvae.Codec}, each on the device."""
-        self.model, self.codecs = model.eval(), codecs
-        self.tokenizer, self.layout, self.device = tokenizer, model.layout, torch.device(device)
-        self.positions = [model.positions(kind) if shape else 0
-                          for kind, shape in enumerate(model.layout.shapes)]
+        self.codecs, self.device = codecs, torch.device(device)
 
     @torch.no_grad()
-    def encode(self, name, signals):
-        """Signals of a modality, as its codec takes them -> codes or latents, on the CPU."""
+    def encode(self, name, signals, batch=512):
+        """Signals of a modality, stored or as its codec takes them -> codes or latents, on the CPU.
+        """
         with precision(self.device):
-            return self.codecs[name].encode(signals.to(self.device)).cpu()
+            return torch.cat([self.codecs[name].encode(to_signal(part).to(self.device)).cpu()
+                              for part in torch.as_tensor(signals).split(batch)])
 
     @torch.no_grad()
-    def decode(self, name, encoded):
+    def decode(self, name, encoded, batch=512):
         with precision(self.device):
-            return self.codecs[name].decode(encoded.to(self.device)).cpu()
+            return torch.cat([self.codecs[name].decode(part.to(self.device)).cpu()
+                              for part in encoded.split(batch)])
 
     @property
     def picture_size(self):
-        """Pixels of a side."""
-        return self.codecs["image"].autoencoder.config.size[0]
+        """Pixels of a side, of pictures and of the frames of clips."""
+        return next((codec.autoencoder.config.size[0] for name, codec in self.codecs.items()
+                     if name != "audio"), 0)
+
+
+class System(Codecs):
+    """A model with what tokenizes for it: documents of words and signals in, and out."""
+
+    def __init__(self, model, codecs, tokenizer, device="cpu"):
+        super().__init__(codecs, device)
+        self.model, self.tokenizer, self.layout = model.eval(), tokenizer, model.layout
+        self.positions = [model.positions(kind) if shape else 0
+                          for kind, shape in enumerate(model.layout.shapes)]
 
     def complete(self, prompts, spans=1, new_text=64, batch=128, **settings):
-        """Go on with prompts [("text", str) | ("image", picture) | ("image", None: to draw), ...].
+        """Go on with prompts [("text", str) | (modality, signal) | (modality, None: to draw), ...].
 
-        Returns whole documents, pictures as (3, H, W) tensors. A picture that the model began, but
-        `spans` did not let it draw, is None. `settings` go to the model's `generate`.
+        Returns whole documents, signals as tensors. A span that the model began, but `spans` did
+        not let it draw, is None. `settings` go to the model's `generate`.
         """
         documents = []
         for start in range(0, len(prompts), batch):
@@ -108,18 +123,20 @@ class System:
                         else next(signals[name])) for name, content in new]
                 for old, new in completed]
 
-    def draw(self, captions, **settings):
-        """Captions -> pictures (N, 3, H, W)."""
-        documents = self.complete([[("text", text), ("image", None)] for text in captions],
-                                  new_text=2, **settings)
-        return torch.stack([next(part for name, part in document if name == "image")
-                            for document in documents])
+    def draw(self, captions, name="image", **settings):
+        """Captions -> signals (N, ...) of a modality."""
+        return self.follow([("text", text) for text in captions], name, **settings)
 
-    def caption(self, pictures, **settings):
-        """Pictures (N, 3, H, W) -> captions."""
-        documents = self.complete([[("image", picture)] for picture in pictures],
-                                  spans=0, **settings)
-        return ["".join(part for name, part in document if name == "text")
+    def follow(self, segments, name, **settings):
+        """A signal of a modality after each segment, whatever its own -> signals (N, ...)."""
+        documents = self.complete([[segment, (name, None)] for segment in segments],
+                                  new_text=2, **settings)
+        return torch.stack([document[1][1] for document in documents])
+
+    def caption(self, signals, name="image", **settings):
+        """Signals (N, ...) of a modality -> captions."""
+        documents = self.complete([[(name, signal)] for signal in signals], spans=0, **settings)
+        return ["".join(part for kind, part in document if kind == "text")
                 for document in documents]
 
 
@@ -149,7 +166,7 @@ def load_checkpoint(path):
                          f"({FORMAT}): update the code")
     wanted = ["arch", "autoencoder"]
     if saved.get("arch") != "vqvae":
-        wanted = ["arch", "autoencoders", "setting", "config", "mot", "merges", "ema"]
+        wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema"]
     missing = [name for name in wanted if name not in saved]
     if missing:
         raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint')
@@ -181,71 +198,45 @@ def load_system(path, device="cpu"):
         raise InputError(f'"{path}" is an autoencoder; '
                          "sample.py talks to chameleon, transfusion and mot")
     tokenizer = Tokenizer(saved["merges"])
-    codecs = {name: Codec(name, load_autoencoder(kept).to(device))
-              for name, kept in saved["autoencoders"].items()}
+    autoencoders = {name: load_autoencoder(kept).to(device)
+                    for name, kept in saved["autoencoders"].items()}
+    codecs = {name: Codec(name, autoencoders[READ_BY[name]], frames)
+              for name, frames in saved["codecs"].items()}
     model = build(saved["arch"], saved["setting"], saved["config"], layout_of(tokenizer, codecs),
                   saved["mot"])
     model.load_state_dict(saved["ema"])
     return System(model.to(device), codecs, tokenizer, device)
 
 
-# --- the machine ---------------------------------------------------------------------------------
-
-def pick_device(name):
-    """auto, cpu, cuda or mps -> torch.device; InputError where the machine has none such."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
-        raise InputError(f"--device {name}: this machine has none that torch can use; "
-                         "try --device auto")
-    return torch.device(name)
-
-
-def precision(device):
-    """The context to compute in: bf16 where the machine is fast at it, else fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if fast_bf16(device) else nullcontext()
-
-
-def fast_bf16(device, known={}):
-    """Whether bf16 matrix products are worth it; on a CPU measured, once, in a few milliseconds."""
-    if device.type not in known:
-        if device.type == "cpu":
-            seconds = {}
-            for dtype in (torch.float32, torch.bfloat16):
-                a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-                for _ in range(3):
-                    start = time.perf_counter()
-                    a @ b
-                    taken = time.perf_counter() - start
-                    seconds[dtype] = min(seconds.get(dtype, taken), taken)
-            known["cpu"] = seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
-        else:
-            known[device.type] = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return known[device.type]
-
-
 # --- command line --------------------------------------------------------------------------------
 
-def save_picture(picture, path, scale=8):
-    """(3, H, W) in [-1, 1] -> a PNG or JPEG file, enlarged so that its pixels can be seen."""
-    from PIL import Image
-    image = Image.fromarray(to_bytes(picture).transpose(1, 2, 0))
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+SUFFIX = {"image": ".png", "audio": ".wav", "video": ".gif"}
+SAVE = {"image": save_picture, "audio": save_sound, "video": save_video}
+
+
+def read_signal(name, path, system):
+    """A file -> a signal of that modality, as the system takes it."""
+    if name not in system.codecs:
+        known = ", ".join(system.codecs) or "text alone"
+        raise InputError(f"--{name}: this model was not trained on it; it knows {known}")
+    if name == "audio":
+        return to_signal(read_sound(path, tones.LENGTH, tones.RATE))
+    if name == "video":
+        return to_signal(read_video(path, system.codecs[name].frames, system.picture_size))
+    return to_signal(read_picture(path, system.picture_size))
 
 
 def write_document(document, path):
-    """A document as Markdown, its pictures beside it."""
+    """A document as Markdown, its signals as files beside it."""
     path, lines, count = Path(path), [], 0
     for name, content in document:
         if name == "text":
             lines.append(content)
         elif content is not None:
             count += 1
-            picture = path.with_name(f"{path.stem}-{count}.png")
-            save_picture(content, picture)
-            lines.append(f"![{name} {count}]({picture.name})")
+            file = path.with_name(f"{path.stem}-{count}{SUFFIX[name]}")
+            SAVE[name](content, file)
+            lines.append("!" * (name != "audio") + f"[{name} {count}]({file.name})")
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -261,7 +252,12 @@ def arguments():
     parser.add_argument("prompt", nargs="?",
                         help="what to draw; without it, a free-running document")
     parser.add_argument("--image", help="a picture to read: writes its caption")
-    parser.add_argument("--out", help="the file to write (default: sample.png or sample.md; "
+    parser.add_argument("--audio", help="a .wav file to read: writes its caption")
+    parser.add_argument("--video", help="a .gif file to read: writes its caption")
+    parser.add_argument("--to", choices=("text", *SUFFIX),
+                        help="what follows the prompt or file (default: the model decides after a "
+                             "prompt; a caption follows a file)")
+    parser.add_argument("--out", help="the file to write (default: sample.png, .wav, .gif or .md; "
                                       "a caption is printed)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
     parser.add_argument("--temperature", type=float, default=0.8, help="of a free document's text")
@@ -272,34 +268,53 @@ def arguments():
 
 def main():
     args = arguments()
-    if args.image and args.prompt:
-        raise InputError("give a prompt to draw or --image to read, not both")
+    given = [(name, getattr(args, name)) for name in SUFFIX if getattr(args, name)]
+    given += [("text", args.prompt)] * bool(args.prompt)
+    if len(given) > 1:
+        raise InputError("give one thing to go on from: a prompt, --image, --audio or --video")
+    if args.out and (not os.path.isdir(Path(args.out).parent) or os.path.isdir(args.out)):
+        raise InputError(f'--out: "{args.out}" is not a file in a folder that exists')
     system = load_system(args.run, pick_device(args.device))
     torch.manual_seed(args.seed)
     settings = {} if args.guidance is None else {"guidance": args.guidance}
-    name = args.out or ("" if args.image else "sample.png" if args.prompt else "sample.md")
-    out = Path(name)
-    if name and (not os.path.isdir(out.parent) or os.path.isdir(out)):
-        raise InputError(f'--out: "{out}" is not a file in a folder that exists')
-    if args.image:
-        picture = to_signal(read_picture(args.image, system.picture_size))
-        made = system.caption(picture[None])[0]
-        print(made)
-    elif args.prompt:
-        made = system.draw([args.prompt], **settings)[0]
-    else:
+    if not given:
         made = system.complete([[]], spans=3, temperature=args.temperature, **settings)[0]
         print(" ".join(content if name == "text" else f"[{name}]" for name, content in made))
-    if not name:
-        return
+        return write(args.out or "sample.md", write_document, made)
+    name, content = given[0]
+    segment = (name, content if name == "text" else read_signal(name, content, system))
+    kind, made = answer(system, segment, args.to, settings)
+    if kind == "text":
+        print(made)
+        return args.out and write(args.out, lambda text, path:
+                                  path.write_text(text + "\n", encoding="utf-8"), made)
+    write(args.out or "sample" + SUFFIX[kind], SAVE[kind], made)
+
+
+def answer(system, segment, kind, settings):
+    """What follows a segment -> (modality, its content); kind None: as the model decides."""
+    if kind not in (None, "text", *system.codecs):
+        raise InputError(f"--to {kind}: this model was not trained on it; "
+                         f"it knows {', '.join(['text', *system.codecs])}")
+    if kind is None and segment[0] == "text" and len(system.codecs) == 1:
+        kind = next(iter(system.codecs))        # nothing to decide
+    if kind is None and segment[0] == "text" and system.codecs:
+        found = [part for part in system.complete([[segment]], **settings)[0] if part[0] != "text"]
+        if not found:
+            raise InputError("the model would go on with words: say what shall follow with --to")
+        return found[0]
+    if kind in system.codecs:
+        return kind, system.follow([segment], kind, **settings)[0]
+    document = system.complete([[segment]], spans=0)[0]
+    return "text", "".join(content for name, content in document if name == "text")
+
+
+def write(path, save, made):
     try:
-        if args.image:
-            out.write_text(made + "\n", encoding="utf-8")
-        else:
-            (save_picture if args.prompt else write_document)(made, out)
+        save(made, Path(path))
     except (OSError, ValueError) as error:
-        raise InputError(f'"{out}" cannot be written ({error})') from None
-    print(f"wrote {out}")
+        raise InputError(f'"{path}" cannot be written ({error})') from None
+    print(f"wrote {path}")
 
 
 def run(main):

@@ -4,109 +4,206 @@ Each score is a share of cases (0..1) with the number of cases beside it (`..._n
 
     generation_exact          caption -> picture that the grader reads as the caption's very scene
       ..._one, ..._two          the same by number of things; ..._heldout: an unseen (shape, colour)
+    generation_nearest_...    the same, were the grader to read unclean pictures too
     caption_exact             picture -> caption that parses to the picture's very scene
     boi_rate                  after a caption, and nothing more, the model itself opens a picture
     reconstruction_exact      what the autoencoder alone lets through: the ceiling of those above
     reconstruction_psnr       of the same pictures, in dB
 
-Your own pictures have no grader: `score_folder` measures captions and reconstructions against
-the files.
+Sounds and clips have the same scores with audio_ and video_ before them (the PSNR of sounds is that
+of their spectra); `sound_of_video_exact`: a clip is followed by the sound that belongs to it. And
+of stories:
+
+    text_loss                 nats per token of fresh stories, <eos> included
+    text_entropy              the least that any model can reach, known from the grammar
+    text_excess               their difference
+
+Your own files have no grader: `score_folder` measures captions and reconstructions against them.
 """
+
+import math
 
 import numpy as np
 import torch
 
+from corpora import WORLDS, sound_of
 from data import IGNORE, measure, pack, to_signal, tokenize
-from worlds import shapes
+from vqvae import spectrum
+from worlds import shapes, stories
+
+PREFIX = {"image": "", "audio": "audio_", "video": "video_"}
+BEGIN_RATE = {"image": "boi_rate", "audio": "boa_rate", "video": "bov_rate"}
+KINDS = {"image": {"_one": {"things": 1}, "_two": {"things": 2}, "_heldout": {"held_out": True}},
+         "audio": {"": {}, "_heldout": {"held_out": True}},
+         "video": {"": {}, "_heldout": {"held_out": True}}}
 
 
 def psnr(a, b):
-    """Mean over pictures of the peak signal-to-noise ratio, in dB, for signals in [-1, 1]."""
+    """Mean over signals of the peak signal-to-noise ratio, in dB, for signals in [-1, 1]."""
     error = (a - b).square().flatten(1).mean(1).clamp(min=1e-10)
     return (10 * torch.log10(4 / error)).mean().item()
 
 
-def shape_cases(count, rng, size, **kind):
-    """`count` fresh scenes of a kind -> (scenes, captions, pictures)."""
-    scenes = [shapes.sample(rng, **kind) for _ in range(count)]
-    pictures = np.stack([shapes.render(scene, rng, size) for scene in scenes])
-    return scenes, [shapes.describe(scene, rng) for scene in scenes], torch.from_numpy(pictures)
+def closeness(name, rebuilt, signals):
+    """PSNR of a modality's signals in dB; of sounds, whose phases are guessed, that of spectra."""
+    if name == "audio":
+        rebuilt, signals = spectrum(rebuilt), spectrum(signals)
+    return psnr(rebuilt, signals)
 
 
-def grade_all(pictures):
-    return [shapes.grade(picture.numpy()) for picture in pictures]
+def fresh_cases(name, count, rng, size=32, **kind):
+    """`count` fresh scenes of a modality's world -> (scenes, captions, signals)."""
+    world, options = WORLDS[name], {"size": size} if name == "image" else {}
+    scenes = [world.sample(rng, **kind) for _ in range(count)]
+    signals = np.stack([world.render(scene, rng, **options) for scene in scenes])
+    return scenes, [world.describe(scene, rng) for scene in scenes], torch.from_numpy(signals)
+
+
+def grade_all(name, signals):
+    return [WORLDS[name].grade(signal.numpy()) for signal in signals]
 
 
 def exact(read, scenes):
     return sum(a == b for a, b in zip(read, scenes)) / len(scenes)
 
 
-def score_reconstruction(autoencoder_roundtrip, count=512, seed=12345, size=32):
-    """Scores of the autoencoder alone; autoencoder_roundtrip: pictures -> pictures."""
-    scenes, _, pictures = shape_cases(count, np.random.default_rng(seed), size)
-    rebuilt = autoencoder_roundtrip(pictures)
-    return {"reconstruction_exact": exact(grade_all(rebuilt), scenes),
-            "reconstruction_exact_n": count,
-            "reconstruction_psnr": psnr(rebuilt, pictures), "reconstruction_psnr_n": count}
+# --- toy worlds ----------------------------------------------------------------------------------
 
+def score_toys(system, count=512, seed=12345, stories_share=0.0):
+    """All scores of a system on the toy worlds that it was trained on, `count` cases for each.
 
-def score_shapes(system, count=512, seed=12345):
-    """All scores of a system on the shapes world, `count` cases for each.
-
-    Scenes come from a seed that training never uses, so their pictures are new; two-thing scenes
-    and held-out pairs are, nearly always or always, new as scenes too. Pictures are drawn as the
-    model's `generate` does by itself.
+    Scenes come from a seed that training never uses, so their signals are new; two-thing scenes
+    and held-out pairs are, nearly always or always, new as scenes too. Signals are drawn as the
+    model's `generate` does by itself. stories_share: of the training documents.
     """
-    size, scores = system.picture_size, {}
     torch.manual_seed(seed)
-    for name, kind in (("_one", {"things": 1}), ("_two", {"things": 2}),
-                       ("_heldout", {"held_out": True})):
-        rng = np.random.default_rng(seed + len(scores))
-        scenes, captions, _ = shape_cases(count, rng, size, **kind)
-        read = grade_all(system.draw(captions))
-        scores[f"generation_exact{name}"] = exact(read, scenes)
-        scores[f"generation_exact{name}_n"] = count
-    scores["generation_exact"] = (scores["generation_exact_one"]
-                                  + scores["generation_exact_two"]) / 2
-    scores["generation_exact_n"] = 2 * count
-    scenes, captions, pictures = shape_cases(count, np.random.default_rng(seed + 100), size)
-    read = [shapes.parse(caption) for caption in system.caption(pictures)]
-    scores |= {"caption_exact": exact(read, scenes), "caption_exact_n": count}
+    scores = {}
+    for name in system.codecs:
+        scores |= score_generation(system, name, count, seed)
+        scores |= score_captions(system, name, count, seed + 100)
+        scores |= score_reconstruction(system, name, count, seed)
+    if {"audio", "video"} <= set(system.codecs):
+        scores |= score_sound_of_video(system, count, seed + 200)
+    if stories_share:
+        scores |= score_stories(system, count, seed, stories_share)
+    return scores
+
+
+def score_generation(system, name, count, seed):
+    """Captions of fresh scenes, of every kind of the world, become signals, which are graded."""
+    scores, prefix = {}, PREFIX[name]
+    for number, (kind, options) in enumerate(KINDS[name].items()):
+        rng = np.random.default_rng(seed + 2 * number)
+        scenes, captions, _ = fresh_cases(name, count, rng, system.picture_size, **options)
+        drawn, found = system.draw(captions, name), {}
+        if name == "image":
+            read = [shapes.read(picture.numpy()) for picture in drawn]
+            found["nearest"] = exact([scene for scene, _ in read], scenes)
+            found["exact"] = exact([scene if clean else None for scene, clean in read], scenes)
+        else:
+            found["exact"] = exact(grade_all(name, drawn), scenes)
+        for what, share in found.items():
+            scores[f"{prefix}generation_{what}{kind}"] = share
+            scores[f"{prefix}generation_{what}{kind}_n"] = count
+    if "generation_exact_one" in scores:
+        scores["generation_exact"] = (scores["generation_exact_one"]
+                                      + scores["generation_exact_two"]) / 2
+        scores["generation_exact_n"] = 2 * count
+    return scores
+
+
+def score_captions(system, name, count, seed):
+    """Fresh signals become captions; and after a caption the model itself opens a span."""
+    scenes, captions, signals = fresh_cases(name, count, np.random.default_rng(seed),
+                                            system.picture_size)
+    read = [WORLDS[name].parse(caption) for caption in system.caption(signals, name)]
     documents = system.complete([[("text", caption)] for caption in captions], spans=0)
-    opened = [document == [("text", caption), ("image", None)]
+    opened = [document == [("text", caption), (name, None)]
               for document, caption in zip(documents, captions)]
-    scores |= {"boi_rate": sum(opened) / count, "boi_rate_n": count}
-    def roundtrip(pictures):
-        return system.decode("image", system.encode("image", pictures))
-    return scores | score_reconstruction(roundtrip, count, seed, size)
+    prefix, rate = PREFIX[name], BEGIN_RATE[name]
+    return {f"{prefix}caption_exact": exact(read, scenes), f"{prefix}caption_exact_n": count,
+            rate: sum(opened) / count, f"{rate}_n": count}
 
 
-def score_folder(system, corpus, count=512):
-    """Scores on held-out pictures of your own: a Corpus of pairs."""
-    pairs = [(document[0][1], document[1][1]) for document in corpus.documents][:count]
-    pictures = to_signal(corpus.signals["image"][[number for _, number in pairs]])
-    longest = max(len(system.tokenizer.encode(text)) for text, _ in pairs)
-    written = system.caption(pictures, new_text=longest + 4)
-    rebuilt = system.decode("image", system.encode("image", pictures))
-    right = sum(a == text for a, (text, _) in zip(written, pairs))
-    return {"caption_token_accuracy": token_accuracy(system, corpus),
-            "caption_token_accuracy_n": len(corpus.documents),
-            "caption_exact": right / len(pairs), "caption_exact_n": len(pairs),
-            "reconstruction_psnr": psnr(rebuilt, pictures), "reconstruction_psnr_n": len(pairs)}
+def score_reconstruction(system, name, count=512, seed=12345):
+    """What the autoencoder alone lets through; `system` needs no more than encode and decode."""
+    scenes, _, signals = fresh_cases(name, count, np.random.default_rng(seed),
+                                     system.picture_size)
+    rebuilt, prefix = system.decode(name, system.encode(name, signals)), PREFIX[name]
+    return {f"{prefix}reconstruction_exact": exact(grade_all(name, rebuilt), scenes),
+            f"{prefix}reconstruction_exact_n": count,
+            f"{prefix}reconstruction_psnr": closeness(name, rebuilt, signals),
+            f"{prefix}reconstruction_psnr_n": count}
+
+
+def score_sound_of_video(system, count, seed):
+    """A fresh clip, and nothing else, is followed by the sound that belongs to it."""
+    scenes, _, clips = fresh_cases("video", count, np.random.default_rng(seed))
+    drawn = system.follow([("video", clip) for clip in clips], "audio")
+    return {"sound_of_video_exact": exact(grade_all("audio", drawn),
+                                          [sound_of(scene) for scene in scenes]),
+            "sound_of_video_exact_n": count}
+
+
+def score_stories(system, count, seed, share):
+    """The loss on fresh stories beside the least loss that is possible, in nats per token.
+
+    A document is a story with probability `share`, which it costs -log(share) nats to know.
+    """
+    rng = np.random.default_rng(seed)
+    texts = [stories.describe(stories.sample(rng), rng) for _ in range(count)]
+    documents = [tokenize([("text", text)], system.tokenizer) for text in texts]
+    tokens = sum(len(document[0][1]) + 1 for document in documents)         # and <eos>
+    least = -sum(stories.log_probability(text) + math.log(share) for text in texts)
+    loss, _ = text_loss(system, documents, lambda targets: targets >= 0)
+    return {"text_loss": loss, "text_loss_n": count,
+            "text_entropy": (stories.entropy() - math.log(share)) * count / tokens,
+            "text_excess": loss - least / tokens}
 
 
 @torch.no_grad()
-def token_accuracy(system, corpus, batch=8):
-    """Share of caption ids that are the model's first choice, given picture and true ids before."""
-    encoded = {"image": system.encode("image", to_signal(corpus.signals["image"]))}
-    documents = [tokenize(document[::-1], system.tokenizer) for document in corpus.documents]
+def text_loss(system, documents, counts, encoded=None, batch=16):
+    """Mean loss and accuracy of the targets that `counts` picks, over tokenized documents."""
     length = max(measure(document, system.positions) for document in documents)
-    right = total = 0
+    loss = right = total = 0
     for start in range(0, len(documents), batch):
         rows = [[document] for document in documents[start:start + batch]]
         packed = pack(rows, length, system.layout, system.positions, encoded)
-        is_text = (packed.targets >= 0) & (packed.targets < system.layout.text)
-        packed = packed._replace(targets=packed.targets.where(is_text, IGNORE))
-        share = system.model.loss(packed.to(system.device))[1]["text_accuracy"]
-        right, total = right + float(share) * int(is_text.sum()), total + int(is_text.sum())
-    return right / total
+        counted = counts(packed.targets)
+        packed = packed._replace(targets=packed.targets.where(counted, IGNORE))
+        parts, n = system.model.loss(packed.to(system.device))[1], int(counted.sum())
+        loss, right = loss + float(parts["text"]) * n, right + float(parts["text_accuracy"]) * n
+        total += n
+    return loss / total, right / total
+
+
+# --- your own files ------------------------------------------------------------------------------
+
+def score_folder(system, corpus, count=512):
+    """Scores on held-out files of your own: a Corpus of pairs, words first."""
+    scores = {}
+    for name in corpus.signals:
+        pairs = [(document[0][1], document[1][1]) for document in corpus.documents
+                 if document[1][0] == name][:count]
+        signals = to_signal(corpus.signals[name][[number for _, number in pairs]])
+        encoded = system.encode(name, signals)
+        longest = max(len(system.tokenizer.encode(text)) for text, _ in pairs)
+        written = system.caption(signals, name, new_text=longest + 4)
+        right = sum(a == text for a, (text, _) in zip(written, pairs))
+        documents = [tokenize([(name, number), ("text", text)], system.tokenizer)
+                     for number, (text, _) in enumerate(pairs)]
+        accuracy = text_loss(system, documents, lambda targets:
+                             (targets >= 0) & (targets < system.layout.text), {name: encoded})[1]
+        found = {"caption_token_accuracy": accuracy, "caption_exact": right / len(pairs)}
+        for what, value in found.items():
+            scores |= {PREFIX[name] + what: value, f"{PREFIX[name]}{what}_n": len(pairs)}
+        scores |= score_psnr(system, name, corpus, count)
+    return scores
+
+
+def score_psnr(system, name, corpus, count=512):
+    """How near the autoencoder brings held-out signals of your own; of sounds, their spectra."""
+    signals = to_signal(corpus.signals[name][:count])
+    rebuilt = system.decode(name, system.encode(name, signals))
+    return {f"{PREFIX[name]}reconstruction_psnr": closeness(name, rebuilt, signals),
+            f"{PREFIX[name]}reconstruction_psnr_n": len(signals)}

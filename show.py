@@ -1,13 +1,16 @@
-"""What is made for people's eyes: loss curves, sheets of samples, transcripts, tours of a model."""
+"""What is made for people's eyes: loss curves, sheets of samples, tours of a model."""
 
 import json
+import math
 import textwrap
 
 import numpy as np
 import torch
 
-from data import MODALITIES, Batches, Tokenizer, shapes_corpus, to_bytes, to_signal
-from worlds import shapes
+from corpora import WORLDS, toy_corpus
+from data import MODALITIES, Batches, Tokenizer, to_bytes, to_signal
+from machine import count_flops
+from vqvae import spectrum
 
 QUARTERS = ("t < 1/4 (little noise)", "1/4 to 1/2", "1/2 to 3/4", "t > 3/4 (mostly noise)")
 EXPLAINED = {"text": "text: cross-entropy, nats per token",
@@ -15,6 +18,7 @@ EXPLAINED = {"text": "text: cross-entropy, nats per token",
              "kl": "KL, nats per latent element",
              "commitment": "commitment: squared distance to the code",
              "log_z_squared": "(log Z)^2, held down by the z-loss"}
+COLUMNS = {"image": 1.0, "audio": 1.9, "video": 4.6}       # how wide a signal is shown, in inches
 
 
 def _pyplot():
@@ -24,116 +28,168 @@ def _pyplot():
     return pyplot
 
 
+def _finish(figure, out, title):
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(out, dpi=110)
+    _pyplot().close(figure)
+
+
 def curves(metrics_path, out, title):
     """metrics.jsonl -> a picture of all losses: one panel a quantity, noise levels together."""
     rows = [json.loads(line) for line in open(metrics_path, encoding="utf-8")]
-    noise = [name for name in rows[-1] if "_noise_" in name]
-    single = [name for name in rows[-1] if name not in noise
-              and name not in ("step", "loss", "lr", "gradient_norm", "seconds", "text_accuracy")]
-    explained = EXPLAINED | {"image": "image: squared error of the velocity" if noise
-                             else "image: cross-entropy, nats per code"}
-    panels = [[name] for name in single] + ([noise] if noise else [])
+    hidden = ("step", "loss", "lr", "gradient_norm", "seconds", "text_accuracy")
+    names = [name for name in rows[-1] if name not in hidden]
+    panels, explained = [[name] for name in names if "_noise_" not in name], dict(EXPLAINED)
+    for kind in MODALITIES[1:]:
+        levels = [name for name in names if name.startswith(f"{kind}_noise_")]
+        panels += [levels] if levels else []
+        explained[kind] = f"{kind}: " + ("squared error of the velocity" if levels
+                                         else "cross-entropy, nats per code")
+    columns = min(4, len(panels))
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
-    for axis, names in zip(axes[0], panels):
+    figure, axes = pyplot.subplots(math.ceil(len(panels) / columns), columns, squeeze=False,
+                                   figsize=(4.6 * columns, 3.4 * math.ceil(len(panels) / columns)),
+                                   layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, names in zip(axes.flat, panels):
+        levels = "_noise_" in names[0]
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             axis.plot([step for step, _ in points], [value for _, value in points],
-                      label=QUARTERS[int(name[-1])] if names is noise else name)
-        axis.set_title("image: diffusion loss by noise level" if names is noise
+                      label=QUARTERS[int(name[-1])] if levels else name)
+        axis.set_title(names[0].split("_")[0] + ": diffusion loss by noise level" if levels
                        else explained.get(names[0], names[0]), fontsize=10)
         axis.set_xlabel("step")
         axis.set_yscale("log" if all(value > 0 for line in axis.lines for value in line.get_ydata())
                         else "linear")
         axis.grid(alpha=0.3)
-        if names is noise:
+        if levels:
             axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    _finish(figure, out, title)
 
 
-def _picture(axis, picture, title=""):
-    axis.imshow(to_bytes(picture).transpose(1, 2, 0), interpolation="nearest")
+# --- sheets: signals and words side by side ------------------------------------------------------
+
+def draw_signal(axis, name, signal, title=""):
+    """A picture as it is; a sound as its waveform above its spectrum; a clip as a film strip."""
     axis.set_title(title, fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])
+    if name == "image":
+        axis.imshow(to_bytes(signal).transpose(1, 2, 0), interpolation="nearest")
+    elif name == "video":
+        frames, gap = to_bytes(signal).transpose(0, 2, 3, 1), 2             # (frames, H, W, 3)
+        strip = np.pad(frames, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+        axis.imshow(np.concatenate(strip, axis=1)[:, :-gap], interpolation="nearest")
+        axis.axis("off")
+    else:
+        axis.axis("off")
+        wave, sound = axis.inset_axes([0, 0.72, 1, 0.26]), axis.inset_axes([0, 0.02, 1, 0.66])
+        wave.plot(np.asarray(signal[0]), linewidth=0.3, color="black")
+        wave.set_xlim(0, signal.shape[-1])
+        wave.set_ylim(-0.6, 0.6)
+        sound.imshow(spectrum(torch.as_tensor(signal)[None])[0, 0], origin="lower", aspect="auto",
+                     cmap="magma", vmin=-1, vmax=1, interpolation="nearest")
+        for inset in (wave, sound):
+            inset.set_xticks([])
+            inset.set_yticks([])
 
 
-def _say(axis, text, colour="black"):
+def _say(axis, text, colour="black", width=34):
     axis.axis("off")
-    axis.text(0, 0.5, textwrap.fill(text, 34), fontsize=8, va="center", color=colour,
+    axis.text(0, 0.5, textwrap.fill(text, width), fontsize=8, va="center", color=colour,
               transform=axis.transAxes)
 
 
-def verdict(scene, wanted):
+def verdict(world, scene, wanted):
     """What the grader read, and the colour to print it in."""
     if scene == wanted:
-        return "right: " + shapes.describe(scene), "green"
-    return ("unreadable" if scene is None else "wrong: " + shapes.describe(scene)), "firebrick"
+        return "right: " + world.describe(scene), "green"
+    return ("unreadable" if scene is None else "wrong: " + world.describe(scene)), "firebrick"
 
 
 def sheet(system, out, title, corpus=None, count=8, seed=7):
-    """prompt, true and generated picture, what the grader reads; then picture and its caption."""
-    rng = np.random.default_rng(seed)
+    """For each modality: prompt, true and generated signal, what the grader reads; then a signal
+    and its caption. corpus: held-out files of your own, which no grader can read."""
+    names = [name for name in system.codecs if corpus is None or name in corpus.signals]
+    if not names:
+        return
+    count = count if len(names) == 1 else max(2, count // 2)
     torch.manual_seed(seed)
+    widths = [[2.4, COLUMNS[name], COLUMNS[name], 2.4, 0.2, COLUMNS[name], 2.4] for name in names]
+    pyplot = _pyplot()
+    figure = pyplot.figure(figsize=(max(map(sum, widths)) + 0.6, 1.3 * count * len(names) + 0.6),
+                           layout="constrained")
+    parts = figure.subfigures(len(names), 1, squeeze=False)[:, 0]
+    for part, name, columns in zip(parts, names, widths):
+        axes = part.subplots(count, 7, gridspec_kw={"width_ratios": columns}, squeeze=False)
+        _section(axes, system, name, corpus, seed)
+    _finish(figure, out, title)
+
+
+def _section(axes, system, name, corpus, seed):
+    """A row of axes for each case of one modality."""
+    count, rng, scenes = len(axes), np.random.default_rng(seed), None
     if corpus is None:
-        scenes = [shapes.sample(rng, things=1 + i % 2, held_out=i >= count - 2)
-                  for i in range(count)]
-        texts = [shapes.describe(scene, rng) for scene in scenes]
-        true = torch.from_numpy(np.stack([shapes.render(scene, rng, system.picture_size)
+        world = WORLDS[name]
+        kinds = [{"things": 1 + i % 2} if name == "image" else {} for i in range(count)]
+        scenes = [world.sample(rng, held_out=i >= count - max(1, count // 4), **kind)
+                  for i, kind in enumerate(kinds)]
+        texts = [world.describe(scene, rng) for scene in scenes]
+        options = {"size": system.picture_size} if name == "image" else {}
+        true = torch.from_numpy(np.stack([world.render(scene, rng, **options)
                                           for scene in scenes]))
     else:
-        pairs = [document for document in corpus.documents[:count]]
-        texts, scenes = [pair[0][1] for pair in pairs], None
-        true = torch.from_numpy(corpus.signals["image"][[pair[1][1] for pair in pairs]]) / 127.5 - 1
-    drawn, written = system.draw(texts), system.caption(true)
-    pyplot = _pyplot()
-    widths = [2.6, 1, 1, 2.6, 0.3, 1, 2.6]
-    figure, axes = pyplot.subplots(len(texts), 7, figsize=(13, 1.25 * len(texts) + 0.8),
-                                   gridspec_kw={"width_ratios": widths}, squeeze=False)
+        pairs = [(document[0][1], document[1][1]) for document in corpus.documents
+                 if document[1][0] == name][:count]
+        texts = [text for text, _ in pairs]
+        true = to_signal(corpus.signals[name][[number for _, number in pairs]])
+    drawn, written = system.draw(texts, name), system.caption(true, name)
+    for axis in axes[len(texts):].flat:
+        axis.axis("off")
     for i, (row, text) in enumerate(zip(axes, texts)):
-        held_out = scenes is not None and shapes.is_held_out(scenes[i])
-        _say(row[0], ("[unseen pair] " if held_out else "") + text)
-        _picture(row[1], true[i], "a true picture" if i == 0 else "")
-        _picture(row[2], drawn[i], "generated" if i == 0 else "")
+        unseen = scenes is not None and world.is_held_out(scenes[i])
+        _say(row[0], ("[unseen pair] " if unseen else "") + text)
+        draw_signal(row[1], name, true[i], "true" if i == 0 else "")
+        draw_signal(row[2], name, drawn[i], "generated" if i == 0 else "")
         if scenes is None:
-            _say(row[3], ""), _say(row[6], written[i], "green" if written[i] == text else "black")
+            _say(row[3], "")
+            _say(row[6], written[i], "green" if written[i] == text else "black")
         else:
-            _say(row[3], *verdict(shapes.grade(drawn[i].numpy()), scenes[i]))
-            _say(row[6], written[i], verdict(shapes.parse(written[i]), scenes[i])[1])
+            _say(row[3], *verdict(world, world.grade(drawn[i].numpy()), scenes[i]))
+            _say(row[6], written[i], verdict(world, world.parse(written[i]), scenes[i])[1])
         row[4].axis("off")
-        _picture(row[5], true[i], "a picture" if i == 0 else "")
-    if len(texts):
-        axes[0][0].set_title("prompt", fontsize=8)
-        axes[0][3].set_title("what the grader reads" if scenes else "", fontsize=8)
-        axes[0][6].set_title("its generated caption", fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+        draw_signal(row[5], name, true[i], "given" if i == 0 else "")
+    axes[0][0].set_title("prompt", fontsize=8)
+    axes[0][3].set_title("what the grader reads" if scenes else "", fontsize=8)
+    axes[0][6].set_title("its generated caption", fontsize=8)
 
 
-def reconstructions(pictures, rebuilt, out, title):
-    """Pictures above, what the autoencoder makes of them below."""
+def reconstructions(signals, rebuilt, out, title):
+    """Pictures (of spectra: low notes at the bottom) above, what an autoencoder makes of them
+    below."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(2, len(pictures), figsize=(1.2 * len(pictures), 3),
-                                   squeeze=False)
-    for k, (above, below) in enumerate(zip(pictures, rebuilt)):
-        _picture(axes[0][k], above, "true" if k == 0 else "")
-        _picture(axes[1][k], below, "rebuilt" if k == 0 else "")
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    figure, axes = pyplot.subplots(2, len(signals), figsize=(1.2 * len(signals), 3.2),
+                                   squeeze=False, layout="constrained")
+    for k, pair in enumerate(zip(signals, rebuilt)):
+        for axis, signal, called in zip(axes[:, k], pair, ("true", "rebuilt")):
+            axis.set_title(called if k == 0 else "", fontsize=8)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if len(signal) == 1:
+                axis.imshow(signal[0], origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1)
+            else:
+                axis.imshow(to_bytes(signal).transpose(1, 2, 0), interpolation="nearest")
+    _finish(figure, out, title)
 
 
 # --- tours: what `python mot.py` and the others print --------------------------------------------
 
 def demo_pictures(count, seed=0):
     """`count` pictures of the shapes world, (count, 3, 32, 32) in [-1, 1]."""
-    return to_signal(shapes_corpus(np.random.default_rng(seed), count).signals["image"][:count])
+    corpus = toy_corpus("shapes", np.random.default_rng(seed), count)
+    return to_signal(corpus.signals["image"][:count])
 
 
 def demo(bottleneck):
@@ -141,7 +197,7 @@ def demo(bottleneck):
     from sample import layout_of
     from vqvae import VQVAE, Codec, VQVAEConfig
     torch.manual_seed(0)
-    corpus = shapes_corpus(np.random.default_rng(0), 400)
+    corpus = toy_corpus("shapes", np.random.default_rng(0), 400)
     tokenizer, pictures = Tokenizer.train(corpus.texts()), to_signal(corpus.signals["image"])
     autoencoder = VQVAE(VQVAEConfig(bottleneck=bottleneck))
     with torch.no_grad():
@@ -156,7 +212,6 @@ def demo(bottleneck):
 
 def tour(model, batch, ids=40):
     """One real batch, taken apart in characters: sequence, mask, shapes, parameters, FLOPs."""
-    from torch.utils.flop_counter import FlopCounterMode
     layout, T = model.layout, int((batch.document[0] == 1).sum())
     names = {layout.pad: ".", layout.bos: "<bos>", layout.eos: "<eos>"}
     names |= {layout.begin[1]: "<boi>", layout.end[1]: "<eoi>"}
@@ -181,7 +236,7 @@ def tour(model, batch, ids=40):
     print("\nparameters:")
     for name, count in parameters_by_part(model).items():
         print(f"  {name:<34}{count:>10,}")
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         model.loss(batch)
     forward = counter.get_total_flops()
     print(f"\nforward FLOPs per position: {forward / batch.tokens.numel():,.0f} "

@@ -1,13 +1,14 @@
-"""Train any of the four systems: one trainer, one command line.
+"""Train any of the four systems: one command line.
 
     python train.py mot                 captions become pictures, pictures become captions
     python train.py transfusion         the same, all weights shared
     python train.py chameleon           the same, everything a discrete token
     python train.py vqvae               the tokenizer alone
-    python train.py mot --data FOLDER   your own pictures (FOLDER/metadata.jsonl has the captions)
+    python train.py mot --data all      words, pictures, sounds and clips in one model
+    python train.py mot --data FOLDER   your own files (FOLDER/metadata.jsonl has the captions)
 
 Writes to runs/NAME: checkpoint.pt, metrics.jsonl, report.json, curves.png, samples.png and
-transcript.md. An autoencoder is trained on first use, kept under a name that holds its data and
+transcript.md. Autoencoders are trained on first use, kept under a name that holds their data and
 settings, and reused.
 """
 
@@ -17,40 +18,35 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse  # noqa: I001 (long imports are wrapped, not one name a line)
-import copy
 import dataclasses
 import hashlib
 import inspect
 import json
-import math
-import platform
 import re
-import resource
-import shutil
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import scores
 import show
-from data import (Batches, InputError, Tokenizer, folder_corpus, good_length, measure,
-                  shapes_corpus, to_signal, tokenize)
-from sample import (FORMAT, MODELS, Parser, System, build, layout_of, load_autoencoder,
-                    load_checkpoint, pick_device, precision, run, write_document)
+from corpora import EXAMPLES, folder_corpus, toy_corpus
+from data import MODALITIES, Batches, InputError, Tokenizer, row_length, to_signal
+from machine import pick_device, precision
+from sample import (FORMAT, MODELS, Codecs, Parser, System, build, layout_of, load_autoencoder,
+                    load_checkpoint, run, write_document)
+from trainer import Signals, Trainer, facts
 from transfusion import TransfusionConfig
-from vqvae import VQVAE, Codec, VQVAEConfig, code_usage
+from vqvae import BINS, HOP, READ_BY, VQVAE, Codec, VQVAEConfig, code_usage, spectrum
+from worlds import motion, stories, tones
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: str = "shapes"            # a toy world (shapes), or a folder of pictures with captions
+    data: str = "shapes"            # shapes, tones, motion, stories, all; or a folder of your files
     setting: str = "transfusion"    # the host of mot: transfusion or chameleon
     out: str = ""                   # the run's folder (default: runs/ and the run's name)
     steps: int = 0                  # training steps (default: the architecture's own, see PRESETS)
@@ -58,7 +54,8 @@ class TrainConfig:
     context: int = 0                # positions of a row (default: the shortest that pack well)
     picture_size: int = 32          # pixels of a side; a multiple of 8
     size: str = "tiny"              # of the model: tiny, small or base
-    pictures: int = 40_000          # of the toy world, to train on
+    examples: int = 0               # signals of a toy world, to train on (default: see EXAMPLES)
+    towers: str = "0,1,2,3"         # mot's, of text, image, audio, video; equal ones share weights
     seed: int = 0                   # of everything random
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate (default: see PRESETS)
@@ -69,174 +66,48 @@ class TrainConfig:
     cases: int = 512                # held-out cases for each score
 
 
-# what differs by architecture; and the presets of --size
+# what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
            "transfusion": {"steps": 6000, "batch_size": 20, "lr": 4e-3},
-           "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3}}
+           "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
+           "transfusion all": {"steps": 9000, "batch_size": 8},
+           "chameleon all": {"steps": 7000, "batch_size": 6}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 
 
-# --- the trainer ---------------------------------------------------------------------------------
+# --- the autoencoders ----------------------------------------------------------------------------
 
-class Trainer:
-    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any model with `loss(batch)`.
-
-    Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
-    """
-
-    def __init__(self, model, batches, config, device, out, compiled=True, log_every=50):
-        self.model, self.batches, self.config = model.to(device), batches, config
-        self.device, self.out, self.log_every, self.compiled = device, out, log_every, compiled
-        self.step, self.seconds = 0, 0.0
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
-                                           weight_decay=config.weight_decay, fused=True)
-        self.loss = model.loss
-
-    def compile(self):
-        """torch.compile where a compiler exists; else the same code, uncompiled."""
-        if not self.compiled or not compiler_exists(self.device):
-            return
-        start, (state, tensors) = time.time(), (copy.deepcopy(getattr(self.batches, "state", None)),
-                                                torch.get_rng_state())
-        try:
-            self.loss = torch.compile(self.model.loss, dynamic=False)
-            batch = next(self.batches).to(self.device)
-            with precision(self.device):
-                self.loss(batch)[0].backward()
-            print(f"compiled in {time.time() - start:.0f} s", flush=True)
-        except Exception as error:      # no working compiler: slower, not wrong
-            self.loss = self.model.loss
-            print(f"torch.compile failed ({type(error).__name__}); running without it", flush=True)
-        self.optimizer.zero_grad()
-        self.batches.state = state      # the batch and the random numbers above never happened
-        torch.set_rng_state(tensors)
-
-    def learning_rate(self):
-        """Linear warm-up, then half a cosine down to a hundredth of the peak."""
-        warmup = max(1, min(self.config.warmup, self.config.steps // 5))
-        done = max(0, self.step - warmup) / max(1, self.config.steps - warmup)
-        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.config.lr * min(1.0, (self.step + 1) / warmup) * fall
-
-    def train_step(self):
-        """One step -> its losses, still on the device."""
-        lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        batch = next(self.batches).to(self.device)
-        with precision(self.device):
-            loss, parts = self.loss(batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: drop the start
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()),
-                                 list(self.model.parameters()), 1 - decay)
-            for kept, buffer in zip(self.averaged.buffers(), self.model.buffers()):
-                kept.copy_(buffer)
-        return {"loss": loss.detach(), **parts, "gradient_norm": norm}
-
-    def train(self, title, every=None, at_each=None, save=None):
-        """Run to the last step; `at_each()` every `every` steps, `save()` once a minute."""
-        self.model.train()
-        recent, last_save = [], time.time()
-        with (open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log,
-              tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
-                   mininterval=1, dynamic_ncols=True) as bar):
-            while self.step < self.config.steps:
-                start = time.time()
-                recent.append(self.train_step())
-                self.seconds += time.time() - start
-                bar.update()
-                saving = save and time.time() - last_save > 60
-                if saving or self.step % self.log_every == 0 or self.step == self.config.steps:
-                    row = mean_of(recent)
-                    recent = []
-                    if not math.isfinite(row["loss"]):      # found before anything is saved
-                        raise InputError(f"the loss is {row['loss']} at step {self.step}: "
-                                         f"try a lower --lr (it was {self.config.lr}); "
-                                         "the last checkpoint is kept")
-                    log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
-                                          "seconds": round(self.seconds, 2), **row}) + "\n")
-                    log.flush()
-                    bar.set_postfix({name: f"{row[name]:.3f}" for name in
-                                     ("text", "image", "reconstruction") if row.get(name)})
-                if at_each and self.step % every == 0 and self.step < self.config.steps:
-                    at_each()
-                if saving:
-                    save()
-                    last_save = time.time()
-        self.model.eval()
-
-    def state(self):
-        """All that going on exactly needs."""
-        return {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict(),
-                "ema": self.averaged.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": torch.get_rng_state(), "stream": self.batches.state}
-
-    def resume(self, saved):
-        self.model.load_state_dict(saved["model"])
-        self.averaged.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.batches.state = saved["stream"]
-        torch.set_rng_state(saved["rng"])
-        log = self.out / "metrics.jsonl"        # rows that no checkpoint holds would come twice
-        rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
-                       encoding="utf-8")
+def autoencoder_config(kind, config, **options):
+    """The autoencoder of pictures and frames ("image"), or of the spectra of sounds ("audio")."""
+    if kind == "audio":
+        shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
+    else:
+        shape = {"size": (config.picture_size, config.picture_size)}
+    return VQVAEConfig(**{**shape, **options})
 
 
-def mean_of(rows):
-    """Losses of several steps -> their means, as floats; nan (an empty noise level) is left out."""
-    means = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
-    means = {name: (values.mean() if name == "loss" else values.nanmean()).item()
-             for name, values in means.items()}
-    return {name: value if name == "loss" or math.isfinite(value) else None
-            for name, value in means.items()}
+def signals_of(kind, corpus):
+    """What an autoencoder learns from: of a corpus's clips the first frame of either half."""
+    if kind == "audio":
+        return corpus.signals["audio"]
+    parts = [corpus.signals[name] for name in ("image",) if name in corpus.signals]
+    if "video" in corpus.signals:
+        clips = corpus.signals["video"]
+        parts.append(clips[:, ::clips.shape[1] // 2].reshape(-1, *clips.shape[2:]))
+    return np.concatenate(parts)
 
 
-def compiler_exists(device):
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, compilers)))
-
-
-class Pictures:
-    """An endless stream of batches of signals for the autoencoder, each once an epoch."""
-
-    def __init__(self, pixels, batch_size, seed):
-        self.pixels, self.batch_size, self.seed, self.state = pixels, batch_size, seed, {"drawn": 0}
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        numbers = np.arange(self.state["drawn"], self.state["drawn"] + self.batch_size)
-        self.state["drawn"] += self.batch_size
-        epochs, places = np.divmod(numbers, len(self.pixels))
-        orders = {e: np.random.default_rng((self.seed, e)).permutation(len(self.pixels))
-                  for e in set(epochs.tolist())}
-        index = [orders[e][place] for e, place in zip(epochs.tolist(), places)]
-        return to_signal(self.pixels[index]).contiguous(memory_format=torch.channels_last)
-
-
-# --- the autoencoder -----------------------------------------------------------------------------
-
-def train_autoencoder(corpus, held_out, model_config, config, device, data_name, folder=None):
-    """Train an autoencoder on a corpus's pictures, or load one that was -> (VQVAE, its folder)."""
-    pixels = corpus.signals["image"]
-    key = {"data": hashlib.sha256(pixels.tobytes()).hexdigest(),
+def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None):
+    """Train an autoencoder on a corpus's signals, or load one that was -> (VQVAE, its folder)."""
+    stored = signals_of(kind, corpus)
+    key = {"data": hashlib.sha256(stored.tobytes()).hexdigest(),
            "model": dataclasses.asdict(model_config), "steps": config.steps,
            "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(folder or f"runs/vqvae-{model_config.bottleneck}-{data_name}-{digest}")
+    sort = f"{model_config.bottleneck}-{data_name}" + "-audio" * (kind == "audio")
+    folder = Path(folder or f"runs/vqvae-{sort}-{digest}")
     path = folder / "checkpoint.pt"
     kept = load_checkpoint(path) if path.is_file() else {}
     if kept.get("key") == key:
@@ -246,62 +117,61 @@ def train_autoencoder(corpus, held_out, model_config, config, device, data_name,
     torch.manual_seed(config.seed)
     start = time.time()
     config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
-    trainer = Trainer(VQVAE(model_config), Pictures(pixels, config.batch_size, config.seed), config,
-                      device, folder, compiled=False)
-    trainer.train(f"autoencoder ({model_config.bottleneck})")
-    model = trainer.model
-    sample = to_signal(pixels[:4000]).to(device)
+    transform = spectrum if kind == "audio" else None
+    trainer = Trainer(VQVAE(model_config), Signals(stored, config.batch_size, config.seed,
+                                                   transform), config, device, folder,
+                      compiled=False)
+    source, model = corpus if held_out is None else held_out, trainer.model
+    shown = to_signal(signals_of(kind, source)[:12])
+    shown = (transform(shown) if transform else shown).to(device)
+
+    def look(path, title):
+        model.eval()
+        with torch.no_grad(), precision(device):
+            rebuilt = model(shown)
+        model.train()
+        show.reconstructions(shown.cpu(), rebuilt.cpu(), path, title)
+
+    def progress():
+        (folder / "progress").mkdir(exist_ok=True)
+        look(folder / "progress" / f"step-{trainer.step:06d}.png",
+             f"{folder.name}: reconstructions, step {trainer.step}")
+
+    trainer.train(f"autoencoder ({kind}, {model_config.bottleneck})", max(1, config.steps // 4),
+                  progress)
+    sample = to_signal(stored[:4000])
+    sample = (transform(sample) if transform else sample).to(device)
     with torch.no_grad(), precision(device):
         model.fit_scale(sample)
-    report = autoencoder_report(model, corpus, held_out, config, device, data_name, trainer,
-                                time.time() - start)
+    report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
+              "reads": kind, **facts(trainer, time.time() - start),
+              **autoencoder_scores(kind, model, corpus, held_out, config, device)}
     save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key,
                            "autoencoder": packed(model)})
     write_json(folder / "report.json", report)
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
-    pictures = sample[:12] if held_out is None else (
-        to_signal(held_out.signals["image"][:12]).to(device))
-    with torch.no_grad(), precision(device):
-        rebuilt = model(pictures)
-    show.reconstructions(pictures.cpu(), rebuilt.cpu(), folder / "samples.png",
-                         f"{folder.name}: reconstructions, "
-                         f"PSNR {report['reconstruction_psnr']:.1f} dB")
+    look(folder / "samples.png", f"{folder.name}: reconstructions")
     return model, folder
 
 
-def autoencoder_report(model, corpus, held_out, config, device, data_name, trainer, wall):
-    """report.json of an autoencoder: its reconstructions, and how many of its codes are in use."""
-    roundtrip = Roundtrip(model, device)
-    report = {"arch": "vqvae", "setting": model.config.bottleneck, "data": data_name,
-              **facts(trainer, wall)}
-    if held_out is None:
-        report |= scores.score_reconstruction(roundtrip, config.cases, size=model.config.size[0])
-    else:
-        pictures = to_signal(held_out.signals["image"][:config.cases])
-        report |= {"reconstruction_psnr": scores.psnr(roundtrip(pictures), pictures),
-                   "reconstruction_psnr_n": len(pictures)}
+def autoencoder_scores(kind, model, corpus, held_out, config, device):
+    """How well it rebuilds signals of each modality that it reads, and which codes are in use."""
+    reads, report = [name for name in corpus.signals if READ_BY[name] == kind], {}
+    codecs = Codecs({name: Codec(name, model, frames_of(name, corpus)) for name in reads}, device)
+    for name in reads:
+        if held_out is None:
+            report |= scores.score_reconstruction(codecs, name, config.cases)
+        else:
+            report |= scores.score_psnr(codecs, name, held_out, config.cases)
     if model.config.bottleneck == "vq":
-        codes = encode_all(model, corpus.signals["image"], device)
+        codes = torch.cat([codecs.encode(name, corpus.signals[name]).flatten() for name in reads])
         report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
     return report
 
 
-class Roundtrip:
-    def __init__(self, model, device):
-        self.model, self.device = model, device
-
-    @torch.no_grad()
-    def __call__(self, pictures):
-        with precision(self.device):
-            return torch.cat([self.model(part.to(self.device)).cpu()
-                              for part in pictures.split(512)])
-
-
-def encode_all(model, pixels, device):
-    """All pictures of a corpus -> their codes or latents, once, before training; on the CPU."""
-    with torch.no_grad(), precision(device):
-        return torch.cat([model.encode(to_signal(pixels[i:i + 512]).to(device)).cpu()
-                          for i in range(0, len(pixels), 512)])
+def frames_of(name, corpus):
+    """Frames of a clip; 1 of anything else."""
+    return corpus.signals[name].shape[1] if name == "video" else 1
 
 
 # --- what a run writes ---------------------------------------------------------------------------
@@ -345,68 +215,43 @@ def write_json(path, contents):
     path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def active_parameters(model):
-    """Parameters that one position meets: of an untied part, one copy."""
-    return sum(p.numel() for name, p in model.named_parameters()
-               if not re.search(r"copies\.[1-9]", name))
-
-
-def facts(trainer, wall):
-    """What report.json says of any run, beside its scores."""
-    batch = next(trainer.batches)
-    positions = batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)
-    with FlopCounterMode(display=False) as counter:
-        trainer.model.loss(batch.to(trainer.device))[0].backward()
-    trainer.model.zero_grad()
-    return {"seed": trainer.config.seed, "torch": torch.__version__,
-            "python": platform.python_version(), "device": str(trainer.device),
-            "bf16": not isinstance(precision(trainer.device), nullcontext),
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "active_parameters": active_parameters(trainer.model), "steps": trainer.step,
-            "tokens": positions * trainer.step, "flops": counter.get_total_flops() * trainer.step,
-            "train_seconds": round(trainer.seconds, 1), "wall_seconds": round(wall, 1),
-            "tokens_per_second": round(positions * trainer.step / max(trainer.seconds, 1e-9)),
-            "peak_memory_mib": peak_memory()}
-
-
-def peak_memory():
-    """Peak resident memory of this process, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024      # macOS counts bytes, Linux KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
-
-
 # --- the runs ------------------------------------------------------------------------------------
 
 def load_data(config):
     """--data -> (name, training Corpus, held-out Corpus or None: toy worlds draw theirs fresh)."""
-    if config.data == "shapes":
+    if config.data in EXAMPLES:
         rng = np.random.default_rng(config.seed)
-        return "shapes", shapes_corpus(rng, config.pictures, config.picture_size), None
+        return config.data, toy_corpus(config.data, rng, config.examples,
+                                       config.picture_size), None
     corpus, held_out = folder_corpus(config.data, config.picture_size)
     name = re.sub(r"\W+", "-", Path(config.data).resolve().name)
-    return f"{name}-folder" if name == "shapes" else name, corpus, held_out
+    return f"{name}-folder" if name in EXAMPLES else name, corpus, held_out
 
 
 def train_vqvae(config, model_options):
-    """python train.py vqvae"""
-    device = pick_device(config.device)
-    name, corpus, held_out = load_data(config)
-    model_config = autoencoder_config(config, **{"bottleneck": "vq", **model_options})
-    config = with_presets(config, f"vqvae-{model_config.bottleneck}")
+    """python train.py vqvae: an autoencoder of pictures and frames, or one of sounds, or both."""
+    device, bottleneck = pick_device(config.device), model_options.get("bottleneck", "vq")
     if config.out:
-        check_folder(Path(config.out), "vqvae", model_config.bottleneck)
-    _, folder = train_autoencoder(corpus, held_out, model_config, config, device, name,
-                                  config.out or None)
-    finish(folder)
+        check_folder(Path(config.out), "vqvae", bottleneck)
+    name, corpus, held_out = load_data(config)
+    kinds = sorted({READ_BY[modality] for modality in corpus.signals})
+    if not kinds:
+        raise InputError(f"--data {name}: words alone need no autoencoder")
+    for kind in kinds:
+        model_config = autoencoder_config(kind, config, **{"bottleneck": "vq", **model_options})
+        out = config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
+        _, folder = train_autoencoder(kind, corpus, held_out, model_config,
+                                      with_presets(config, f"vqvae-{bottleneck}", kind), device,
+                                      name, out)
+        finish(folder)
 
 
-def autoencoder_config(config, **options):
-    return VQVAEConfig(size=(config.picture_size, config.picture_size), **options)
-
-
-def with_presets(config, name):
-    """The config with what was not given filled in from PRESETS."""
-    return dataclasses.replace(config, **{option: value for option, value in PRESETS[name].items()
+def with_presets(config, *names):
+    """The config with what was not given filled in from PRESETS; a later name goes first."""
+    presets = {}
+    for name in names:
+        presets |= PRESETS.get(name, {})
+    return dataclasses.replace(config, **{option: value for option, value in presets.items()
                                           if not getattr(config, option)})
 
 
@@ -419,7 +264,7 @@ def train_transformer(arch, config, model_options, resume=False):
         + [name] * (name != "shapes")))
     kept = check_folder(folder, arch, setting)
     saved = (kept or load_checkpoint(folder)) if resume else None
-    config = with_presets(config, setting)
+    config = with_presets(config, setting, f"{setting} {name}")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device)
     trainer = Trainer(model, batches, config, device, folder)
@@ -427,7 +272,7 @@ def train_transformer(arch, config, model_options, resume=False):
         if saved.get("merges") != about["merges"]:
             raise InputError(f'--resume: "{folder}" was trained with other captions; '
                              "give the same data, or another --out")
-        for part in ("data", "config", "autoencoder_run"):
+        for part in ("data", "config", "mot", "autoencoder_runs"):
             if saved.get(part) != about[part]:
                 raise InputError(f'--resume: "{folder}" was trained with {part} {saved.get(part)}, '
                                  f"this run has {about[part]}; "
@@ -452,8 +297,8 @@ def train_transformer(arch, config, model_options, resume=False):
     trainer.train(called, max(1, config.steps // 4), progress, save)
     save()
     report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
-    report |= (scores.score_shapes(system, config.cases) if held_out is None
-               else scores.score_folder(system, held_out, config.cases))
+    report |= (scores.score_toys(system, config.cases, stories_share=share_of_stories(corpus))
+               if held_out is None else scores.score_folder(system, held_out, config.cases))
     report["wall_seconds"] = round(time.time() - begun, 1)
     write_json(folder / "report.json", report)
     title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
@@ -468,28 +313,56 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     if model_config.width % (2 * model_config.heads):
         raise InputError(f"--width {model_config.width} does not split into {model_config.heads} "
                          "heads of even width; change --width or --heads")
-    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
-    kept = with_presets(kept, f"vqvae-{bottleneck}")
-    autoencoder, autoencoder_run = train_autoencoder(
-        corpus, held_out, autoencoder_config(config, bottleneck=bottleneck), kept, device, name)
-    codecs = {"image": Codec("image", autoencoder)}
-    encoded = {name: encode_all(codec, corpus.signals[name], device)
-               for name, codec in codecs.items()}
+    mot = {"towers": towers_of(config)} if arch == "mot" else None
+    kinds = {READ_BY[modality]: None for modality in corpus.signals}
+    untrained = {kind: VQVAE(autoencoder_config(kind, config, bottleneck=bottleneck))
+                 for kind in kinds}
     tokenizer = Tokenizer.train(corpus.texts())
-    layout = layout_of(tokenizer, codecs)
+
+    def codecs_by(autoencoders):
+        return {name: Codec(name, autoencoders[READ_BY[name]], frames_of(name, corpus))
+                for name in corpus.signals}
+    layout = layout_of(tokenizer, codecs_by(untrained))
     torch.manual_seed(config.seed)
-    model = build(arch, setting, dataclasses.asdict(model_config), layout)
+    model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
+    state = torch.get_rng_state()
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
-    context = config.context or good_length(
-        [measure(tokenize(document, tokenizer), positions) for document in corpus.documents])
+    context = row_length(corpus, tokenizer, positions, config.context)
+    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
+    trained, folders = {}, {}
+    for kind in kinds:
+        trained[kind], folder = train_autoencoder(
+            kind, corpus, held_out, untrained[kind].config,
+            with_presets(kept, f"vqvae-{bottleneck}", kind), device, name)
+        folders[kind] = folder.name
+    codecs = codecs_by(trained)
+    encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
+    torch.set_rng_state(state)
     batches = Batches(corpus, tokenizer, layout, encoded, positions, config.batch_size,
                       context, config.seed)
-    about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": None,
+    about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": mot,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
-             "autoencoders": {name: packed(codec.autoencoder) for name, codec in codecs.items()},
-             "autoencoder_run": autoencoder_run.name}
+             "autoencoders": {kind: packed(model) for kind, model in trained.items()},
+             "codecs": {name: codec.frames for name, codec in codecs.items()},
+             "autoencoder_runs": folders}
     return model, batches, codecs, about
+
+
+def towers_of(config):
+    """--towers: by modality, the number of its tower."""
+    towers = config.towers.split(",")
+    if len(towers) != len(MODALITIES) or not all(tower in ("0", "1", "2", "3") for tower in towers):
+        raise InputError(f"--towers is {config.towers}; it must be four numbers 0 to 3, those of "
+                         f"{', '.join(MODALITIES)}: 0,1,2,1 lets image and video share one")
+    return [int(tower) for tower in towers]
+
+
+def share_of_stories(corpus):
+    """The share of a corpus's documents that stories.py tells."""
+    told = sum(len(document) == 1 and document[0][0] == "text"
+               and stories.grade(document[0][1]) is not None for document in corpus.documents)
+    return told / len(corpus.documents)
 
 
 def show_run(system, folder, title, held_out, seed):
@@ -567,6 +440,9 @@ def check(config, given):
             raise InputError(f"--{name} is one of {', '.join(options)}, not {value}")
     if config.picture_size < 8 or config.picture_size % 8:
         raise InputError(f"--picture-size is {config.picture_size}; it must be a multiple of 8")
+    if config.data in EXAMPLES and config.data != "shapes" and config.picture_size != motion.PIXELS:
+        raise InputError(f"--picture-size: the pictures of {config.data} have {motion.PIXELS} "
+                         "pixels a side")
     if config.picture_size // 4 % given.get("patch", 1):
         raise InputError(f"--patch is {given['patch']}; it must divide the latents' side of "
                          f"{config.picture_size // 4}")

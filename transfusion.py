@@ -194,13 +194,14 @@ class Cache:
         rows = torch.arange(len(k), device=k.device)[:, None]
         for kept, new in zip(self.kept[layer], (k, v)):
             kept[rows, self.positions(k.shape[1])] = new.to(kept.dtype)
-        return self.kept[layer]
+        return [kept[:, :self.used] for kept in self.kept[layer]]
 
     def mask(self, mask):
-        """The mask among S new positions (B, 1, S, S) -> over all that is kept (B, 1, S, size)."""
+        """The mask among S new positions (B, 1, S, S) -> over all that is kept (B, 1, S, L)."""
         S = mask.shape[-1]
-        j = torch.arange(self.size, device=mask.device) - self.lengths[:, None]     # (B, size)
-        j = j[:, None, None, :].expand(-1, 1, S, -1)                            # (B, 1, S, size)
+        self.used = int(self.lengths.max()) + S             # L: beyond it no row has anything
+        j = torch.arange(self.used, device=mask.device) - self.lengths[:, None]   # (B, L)
+        j = j[:, None, None, :].expand(-1, 1, S, -1)                              # (B, 1, S, L)
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
@@ -321,7 +322,7 @@ class Transfusion(nn.Module):
         tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
         latents = [shape and torch.zeros(B, spans, *shape, device=device)
                    for shape in self.layout.shapes]
-        longest = max(self.positions(kind) for kind in range(4) if self.layout.shapes[kind])
+        longest = max([self.positions(kind) for kind in range(4) if self.layout.shapes[kind]] + [0])
         cache, null = (Cache(B, size + longest, device) for _ in range(2))
         clean = [x if x is None else torch.zeros(len(x), device=device) for x in prompt.signals]
         hidden = self(prompt, clean, cache)                                         # (B, S, D)

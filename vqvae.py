@@ -282,6 +282,10 @@ class VQVAE(nn.Module):
             self.latent_std.copy_(latents.std((0, 2, 3), keepdim=True))
 
 
+# Video as frames: the image autoencoder reads each of them
+READ_BY = {"image": "image", "audio": "audio", "video": "image"}        # modality -> autoencoder
+
+
 class Codec:
     """Signals of one modality <-> codes or latents, by an autoencoder of pictures.
 
@@ -299,7 +303,8 @@ class Codec:
     def encode(self, signals):
         """Signals -> codes (N, frames * h, w) int64, or latents (N, C, frames * h, w)."""
         if self.name == "audio":
-            signals = spectrum(signals)
+            with torch.autocast(signals.device.type, enabled=False):    # quiet bins need fp32
+                signals = spectrum(signals)
         if self.name != "video":
             return self.autoencoder.encode(signals)
         encoded = self.autoencoder.encode(signals.flatten(0, 1)).unflatten(0, (-1, self.frames))
@@ -311,7 +316,10 @@ class Codec:
             frames = encoded.unflatten(-2, (self.frames, -1)).movedim(-3, 1)
             return self.autoencoder.decode(frames.flatten(0, 1)).unflatten(0, (-1, self.frames))
         signals = self.autoencoder.decode(encoded)
-        return waveform(signals) if self.name == "audio" else signals
+        if self.name == "audio":
+            with torch.autocast(signals.device.type, enabled=False):
+                return waveform(signals)
+        return signals
 
 
 def code_usage(codes, K):

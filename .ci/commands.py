@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SHORT = {"train.py": ["--steps", "4", "--autoencoder-steps", "4", "--cases", "8",
-                      "--pictures", "400"]}
+                      "--examples", "300"]}
 
 
 def commands(readme):
@@ -23,7 +23,7 @@ def make_pictures(folder):
     sys.path.insert(0, ".")
     import numpy as np
 
-    from sample import save_picture
+    from media import save_picture
     from worlds import shapes
     rng, lines = np.random.default_rng(0), []
     Path(folder).mkdir(exist_ok=True)

@@ -17,7 +17,8 @@ from PIL import Image
 import small
 from adapter import ROOT, load
 
-data, sample, show, train = load("data"), load("sample"), load("show"), load("train")
+data, machine, sample, show = load("data"), load("machine"), load("sample"), load("show")
+train, trainer = load("train"), load("trainer")
 
 SYSTEMS = {"chameleon": ["chameleon"], "transfusion": ["transfusion"], "mot": ["mot"],
            "mot-chameleon": ["mot", "--setting", "chameleon"]}
@@ -34,7 +35,7 @@ def call(main, *argv):
     """Run a command line in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, argv)])
-        patch.setattr(train, "compiler_exists", lambda device: False)
+        patch.setattr(trainer, "compiler_exists", lambda device: False)
         sample.run(main)
 
 
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_checkpoint_before_it_
 
 def test_one_loss_that_is_not_a_number_makes_the_mean_of_its_steps_so():
     rows = [{"loss": torch.tensor(x), "image_noise_0": torch.tensor(x)} for x in (1.0, math.nan)]
-    means = train.mean_of(rows)
+    means = trainer.mean_of(rows)
     assert math.isnan(means["loss"]) and means["image_noise_0"] == 1.0
 
 
@@ -368,7 +369,7 @@ def test_sample_writes_a_picture_a_caption_and_a_document(
 def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2",
-                           "--pictures", "400", *BRIEF],
+                           "--examples", "400", *BRIEF],
                           cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "mot" / "report.json").read_text())
@@ -412,7 +413,7 @@ def test_resume_goes_on_from_the_last_step(runs, monkeypatch):
     assert json.loads((runs / "longer" / "report.json").read_text())["steps"] == 4
 
 
-def trainer(setting, tmp_path, seed):
+def small_trainer(setting, tmp_path, seed):
     """A trainer of a small model on six pictures and sounds."""
     documents = [[("text", word), ("image", n)]
                  for n, word in enumerate(("red", "or", "green", "or", "blue", "x"))]
@@ -420,18 +421,18 @@ def trainer(setting, tmp_path, seed):
                            small.signals(setting), small.POSITIONS, rows=4, length=32)
     config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, ema=0.9)
     torch.manual_seed(seed)
-    return train.Trainer(small.randomise(small.untrained(setting, (0, 1, 2, 3)), seed), batches,
+    return trainer.Trainer(small.randomise(small.untrained(setting, (0, 1, 2, 3)), seed), batches,
                          config, torch.device("cpu"), tmp_path, compiled=False)
 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(setting, tmp_path):
-    straight = trainer(setting, tmp_path, seed=0)
+    straight = small_trainer(setting, tmp_path, seed=0)
     expected = [straight.train_step()["loss"] for _ in range(8)]
-    stopped = trainer(setting, tmp_path, seed=0)
+    stopped = small_trainer(setting, tmp_path, seed=0)
     found = [stopped.train_step()["loss"] for _ in range(4)]
     torch.save(stopped.state(), tmp_path / "checkpoint.pt")
-    resumed = trainer(setting, tmp_path, seed=1)
+    resumed = small_trainer(setting, tmp_path, seed=1)
     resumed.resume(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     found += [resumed.train_step()["loss"] for _ in range(4)]
     assert found == expected and len(set(expected)) == 8
@@ -441,7 +442,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(setting, tmp
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_hundredth(tmp_path):
-    rates, run = [], trainer("transfusion", tmp_path, seed=0)
+    rates, run = [], small_trainer("transfusion", tmp_path, seed=0)
     run.config = train.TrainConfig(steps=100, lr=2.0, warmup=10)
     for run.step in range(101):
         rates.append(run.learning_rate())

@@ -11,7 +11,8 @@ import torch
 
 from adapter import load
 
-data, shapes = load("data"), load("worlds.shapes")
+corpora, data, media = load("corpora"), load("data"), load("media")
+shapes = load("worlds.shapes")
 InputError, Tokenizer = data.InputError, data.Tokenizer
 
 IMAGE = data.MODALITIES.index("image")
@@ -21,7 +22,7 @@ HEADS = {"codes": 64, "latents": 16}        # positions that a picture takes in 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return data.shapes_corpus(np.random.default_rng(0), 2000)
+    return corpora.toy_corpus("shapes", np.random.default_rng(0), 2000)
 
 
 @pytest.fixture(scope="module")
@@ -316,15 +317,42 @@ def test_batches_are_a_function_of_the_seed(corpus, tokenizer):
 
 def test_every_document_is_drawn_once_an_epoch_and_packed_or_held_back():
     batches, seen = stream(captioned(150), Tokenizer(), rows=4), []
-    while batches.state["drawn"] < 300:             # two epochs
+    while batches.state["drawn"][0] < 300:          # two epochs
         batch = next(batches)
         seen += batch.signals[IMAGE].flatten()[batch.real[IMAGE] > 0].int().tolist()
+        waiting = [batches.draw(0, number) for number in batches.state["held"][0]]
         held = [int(document[-1][1] if document[-1][0] else document[0][1])
-                for document in map(batches.draw, batches.state["held"])]
+                for document in waiting]
     count = np.bincount(seen + held)
-    full, more = divmod(batches.state["drawn"], 150)
-    assert len(count) == 150 and count.sum() == batches.state["drawn"]
+    full, more = divmod(batches.state["drawn"][0], 150)
+    assert len(count) == 150 and count.sum() == batches.state["drawn"][0]
     assert sorted(count) == [full] * (150 - more) + [full + 1] * more
+
+
+def test_each_make_up_is_gone_through_once_an_epoch_and_seldom_waits():
+    """Pictures, sounds and words alone, in one stream: none is drawn twice before all are once."""
+    documents = ([[("text", f"{n}"), ("image", n)] for n in range(60)]
+                 + [[("text", f"{n}"), ("audio", n)] for n in range(30)]
+                 + [[("text", f"{n}")] for n in range(20)])
+    layout = Tokenizer().layout({"image": (1, 4, 4), "audio": (1, 2, 4)}, {})
+    encoded = {"image": torch.zeros(60, 1, 4, 4), "audio": torch.zeros(30, 1, 2, 4)}
+    batches = data.Batches(data.Corpus(documents, {}), Tokenizer(), layout, encoded, [0, 16, 8, 0],
+                           rows=6, length=64, read=0, drop=0)
+    drawn = {makeup: [] for makeup in batches.makeups}
+    sizes = set()
+    for _ in range(40):
+        rows = batches.fill()
+        for row in rows:
+            for document in row:
+                makeup = tuple(sum(kind and kind == m for kind, _ in document) for m in range(4))
+                drawn[makeup].append(document[-1][1] if document[-1][0] else None)
+        sizes.add(data.pack(rows, 64, layout, batches.positions, encoded, batches.spans).sizes)
+    assert len(sizes) == 1
+    for makeup, count in (((0, 1, 0, 0), 60), ((0, 0, 1, 0), 30)):
+        seen = drawn[makeup]
+        first = seen[:count]
+        assert len(set(first)) > 0.8 * count, "few of an epoch may be late, none may come twice"
+        assert max(np.bincount(seen)) - min(np.bincount(seen, minlength=count)) <= 2
 
 
 def test_a_stream_restored_in_mid_epoch_goes_on_as_if_never_stopped(corpus, tokenizer, tmp_path):
@@ -375,7 +403,7 @@ def test_captions_are_dropped_and_pictures_come_first_in_their_shares():
     count = 4000
     same = data.Corpus([[("text", "x"), ("image", 0)]] * count, {"image": np.zeros((1, 1))})
     batches = stream(same, Tokenizer(), read=0.3, drop=0.1)
-    kinds = [tuple(kind for kind, _ in batches.draw(number)) for number in range(count)]
+    kinds = [tuple(kind for kind, _ in batches.draw(0, number)) for number in range(count)]
     error = 3 * (0.3 * 0.7 / count) ** 0.5          # three standard deviations
     assert kinds.count((1, 0)) / count == pytest.approx(0.3, abs=error)
     assert kinds.count((1,)) / count == pytest.approx(0.1, abs=error)
@@ -384,8 +412,8 @@ def test_captions_are_dropped_and_pictures_come_first_in_their_shares():
 
 def test_in_the_shapes_world_pictures_precede_their_captions_in_a_fifth_of_the_pairs(corpus):
     batches = stream(corpus, Tokenizer(), length=400)
-    drawn = [tuple(kind for kind, _ in batches.draw(number))
-             for number in range(len(corpus.documents))]
+    drawn = [tuple(kind for kind, _ in batches.draw(makeup, number))
+             for makeup, group in enumerate(batches.documents) for number in range(len(group))]
     pairs = [kinds for kinds in drawn if len(kinds) == 2]
     assert pairs.count((1, 0)) / len(pairs) >= 0.2
 
@@ -393,8 +421,9 @@ def test_in_the_shapes_world_pictures_precede_their_captions_in_a_fifth_of_the_p
 def test_stories_and_texts_are_never_turned_around_nor_cut():
     documents = [[("text", "a"), ("image", 0), ("text", "b"), ("image", 1)], [("text", "c")]]
     batches = stream(data.Corpus(documents, {"image": np.zeros((2, 1))}), Tokenizer())
-    for number in range(100):
-        assert [kind for kind, _ in batches.draw(number)] in ([0, 1, 0, 1], [0])
+    for makeup, kinds in ((0, [0]), (1, [0, 1, 0, 1])):
+        for number in range(100):
+            assert [kind for kind, _ in batches.draw(makeup, number)] == kinds
 
 
 def test_a_text_longer_than_the_sequence_is_named():
@@ -402,7 +431,7 @@ def test_a_text_longer_than_the_sequence_is_named():
                           [("text", "a very long caption " * 9), ("image", 0)]],
                          {"image": np.zeros((1, 1))})
     with pytest.raises(InputError, match="a very long caption .*--context"):
-        stream(corpus, Tokenizer(), length=96)
+        data.row_length(corpus, Tokenizer(), [0, 16, 0, 0], 96)
 
 
 def test_no_text_of_the_shapes_corpus_names_a_held_out_pair(corpus):
@@ -482,7 +511,7 @@ def test_pictures_of_every_kind_are_read(folder):
     write_lines(folder, ["", *(entry(f"deep/{name}", name) for name in files), ""])
     for size in (32, 48):
         found = {}
-        for part in data.folder_corpus(folder, size):
+        for part in corpora.folder_corpus(folder, size):
             assert part.signals["image"].dtype == np.uint8
             assert part.signals["image"].shape == (len(part.documents), 3, size, size)
             for (_, text), (_, number) in part.documents:
@@ -494,17 +523,17 @@ def test_pictures_of_every_kind_are_read(folder):
 
 def test_the_held_out_split_is_set_aside_once_and_for_all(folder):
     write_lines(folder, [entry("1.png", str(n)) for n in range(30)])
-    train, test = data.folder_corpus(folder, 8)
+    train, test = corpora.folder_corpus(folder, 8)
     assert len(test.documents) == 3 and len(train.documents) == 27
     assert sorted(map(int, train.texts() + test.texts())) == list(range(30))
-    again = data.folder_corpus(folder, 8)
+    again = corpora.folder_corpus(folder, 8)
     assert (again[0].documents, again[1].documents) == (train.documents, test.documents)
 
 
 def test_captions_of_any_unicode_are_read_as_they_are(folder):
     texts = ["你好", "line\u2028separator", "\x85", "\N{PILE OF POO}"]
     write_lines(folder, [json.dumps(entry("1.png", text), ensure_ascii=False) for text in texts])
-    train, test = data.folder_corpus(folder)
+    train, test = corpora.folder_corpus(folder)
     assert sorted(train.texts() + test.texts()) == sorted(texts)
 
 
@@ -527,7 +556,7 @@ def test_a_bad_line_is_named_by_file_and_number(folder, line, message):
     (folder / "empty.jpg").write_bytes(b"")
     write_lines(folder, [entry("1.png"), entry("2.png"), line])
     with pytest.raises(InputError) as error:
-        data.folder_corpus(folder)
+        corpora.folder_corpus(folder)
     assert f"{folder / 'metadata.jsonl'}, line 3" in str(error.value)
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -535,18 +564,18 @@ def test_a_bad_line_is_named_by_file_and_number(folder, line, message):
 def test_a_metadata_file_that_is_not_utf8_is_named(folder):
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "1.png", "text": "caf\xe9"}\n')
     with pytest.raises(InputError, match="metadata.jsonl"):
-        data.folder_corpus(folder)
+        corpora.folder_corpus(folder)
 
 
 def test_a_missing_folder_one_without_metadata_and_one_with_too_few_pictures_are_named(folder):
     with pytest.raises(InputError, match="no folder.*gone"):
-        data.folder_corpus(folder / "gone")
+        corpora.folder_corpus(folder / "gone")
     with pytest.raises(InputError, match="no folder.*1.png"):
-        data.folder_corpus(folder / "1.png")
+        corpora.folder_corpus(folder / "1.png")
     for lines, count in (([], 0), ([entry("1.png")], 1)):
         write_lines(folder, lines)
         with pytest.raises(InputError, match=f"metadata.jsonl.* {count} "):
-            data.folder_corpus(folder)
+            corpora.folder_corpus(folder)
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(InputError, match="has no metadata.jsonl"):
-        data.folder_corpus(folder)
+        corpora.folder_corpus(folder)

@@ -9,9 +9,7 @@ import pytest
 from adapter import MODULES, ROOT, load
 
 README = ROOT / "README.md"
-if not README.is_file():
-    pytest.skip("there is no README.md yet", allow_module_level=True)
-TEXT = README.read_text(encoding="utf-8")
+TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""       # a test fails, below
 
 COMMANDS = [part.strip()
             for block in re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)
@@ -23,7 +21,8 @@ READING = [row for section in re.split(r"^#+ ", TEXT, flags=re.M)
            for row in section.splitlines() if row.startswith("|") and ".py`" in row]
 
 
-def test_there_are_commands_and_a_reading_path():
+def test_there_is_a_readme_with_commands_and_a_reading_path():
+    assert README.is_file()
     assert len(PYTHON) >= 3 and len(READING) >= 5
 
 

@@ -241,18 +241,36 @@ def test_grade_reads_jittered_pictures(size, count):
     assert np.mean(right) >= 0.995
 
 
-def test_grade_reads_large_neighbours_that_overlap():
-    def neighbours(a, b):
-        (row, column), (other_row, other_column) = (
-            divmod(shapes.PLACES.index(thing.place), 3) for thing in (a, b))
-        return abs(row - other_row) + abs(column - other_column) == 1
+class Moves:
+    """In place of a random generator: each thing's jitter (dx, dy), as a share of its limit."""
 
-    right = []
-    for rng, scene in scenes(900, seed=1, things=2):
-        if neighbours(*scene.things):
-            large = Scene(scene.background, tuple(t._replace(size="large") for t in scene.things))
-            right.append(shapes.grade(shapes.render(large, rng)) == large)
-    assert np.mean(right) >= 0.995
+    def __init__(self, *moves):
+        self.moves = iter(moves)
+
+    def uniform(self, low, high, count):
+        return high * np.array(next(self.moves))
+
+
+@pytest.mark.parametrize("colours", [("red", "cyan"), ("blue", "blue")])
+@pytest.mark.parametrize("right, down", [(1, 0), (0, 1)], ids=["side by side", "one above another"])
+def test_grade_reads_large_neighbours_that_are_pushed_together_most_of_which_touch(
+        right, down, colours):
+    rng, touch = np.random.default_rng(0), []
+    grid = dict(zip(itertools.product(range(3), repeat=2), shapes.PLACES))
+    pairs = [(first, grid[row + down, column + right]) for (row, column), first in grid.items()
+             if (row + down, column + right) in grid]
+    for places, kinds in itertools.product(pairs, itertools.product(shapes.SHAPES, repeat=2)):
+        things = tuple(Thing("large", *thing) for thing in zip(colours, kinds, places))
+        scene = Scene(rng.choice(list(shapes.BACKGROUNDS)), things)
+        across = rng.uniform(-1, 1, 2)              # in the other direction, any jitter
+        moves = [(down * across[0] + right, right * across[0] + down),
+                 (down * across[1] - right, right * across[1] - down)]
+        assert shapes.grade(shapes.render(scene, Moves(*moves))) == scene
+        drawn = [shapes.render(Scene(scene.background, (thing,)), Moves(move))
+                 != colour(shapes.BACKGROUNDS, scene.background)
+                 for thing, move in zip(things, moves)]
+        touch.append((drawn[0].any(0) & drawn[1].any(0)).any())     # they share a pixel
+    assert len(touch) == 6 * 16 and np.mean(touch) > 0.5
 
 
 def test_grade_reads_pictures_with_the_error_of_a_good_autoencoder():

@@ -283,34 +283,38 @@ def _paint(fit):
     return _rgb(COLOURS, fit[0].colour).reshape(3, 1)
 
 
-def grade(picture):
-    """Picture (3, S, S) in [-1, 1] -> the scene it shows, or None where it is unreadable.
-
-    Deterministic analysis by synthesis: the scene whose rendering is nearest in squared error, if
-    what it leaves unexplained, near each thing and elsewhere, is small against a thing's energy.
+def read(picture):
+    """Picture (3, S, S) in [-1, 1] -> (the scene whose rendering is nearest in squared error, or
+    None where nothing is there; whether it is clean: what the scene leaves unexplained, near each
+    thing and elsewhere, is small against a thing's energy).
     """
     picture = np.asarray(picture, np.float32)
     size = picture.shape[-1] if picture.ndim else 0
     if picture.shape != (3, size, size) or not np.isfinite(picture).all():
-        return None
+        return None, False
     flat = picture.reshape(3, -1)
     explained = {name: _explain(flat, name, size) for name in _likely_backgrounds(flat)}
     name, (fits, error) = min(explained.items(), key=lambda item: item[1][1].sum())
     if not fits:
-        return None
-    _, _, near, least_area = _templates(size)
+        return None, False
+    clean, (_, _, near, least_area) = True, _templates(size)
     elsewhere = np.ones(size * size, bool)
     for thing, _, _, energy in fits:
         place = near[PLACES.index(thing.place)]
         elsewhere &= ~place
-        if error[place].sum() > MAX_RESIDUAL * energy:
-            return None
+        clean &= bool(error[place].sum() <= MAX_RESIDUAL * energy)
     contrast = min(((_rgb(COLOURS, colour) - _rgb(BACKGROUNDS, name)) ** 2).sum()
                    for colour in COLOURS)
     for place in near:                      # a third thing, or half of one, must not go unnoticed
-        if error[place & elsewhere].sum() > MAX_STRAY * contrast * least_area:
-            return None
-    return make_scene(name, [fit[0] for fit in fits])
+        clean &= bool(error[place & elsewhere].sum() <= MAX_STRAY * contrast * least_area)
+    return make_scene(name, [fit[0] for fit in fits]), clean
+
+
+def grade(picture):
+    """Picture (3, S, S) in [-1, 1] -> the scene it shows, or None where it is unreadable: blurred,
+    noisy, half drawn, blank. Deterministic analysis by synthesis."""
+    scene, clean = read(picture)
+    return scene if clean else None
 
 
 def _likely_backgrounds(flat):

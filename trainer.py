@@ -1,0 +1,193 @@
+"""The trainer of all four systems: any model with `loss(batch) -> (scalar, {name: scalar})`.
+
+AdamW, warm-up and cosine, clipping, averaged weights, a log of every loss, and a state from which
+a run goes on exactly. It knows nothing of modalities, worlds or files but its own log.
+"""
+
+import copy
+import json
+import math
+import platform
+import re
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import InputError, to_signal
+from machine import compiler_exists, count_flops, peak_memory, precision
+
+PAYS = 1000         # steps from which on a run is compiled: it takes half a minute on a CPU
+SHOWN = ("text", "image", "audio", "video", "reconstruction")      # losses beside the progress bar
+
+
+class Trainer:
+    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any model with `loss(batch)`.
+
+    Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
+    """
+
+    def __init__(self, model, batches, config, device, out, compiled=True, log_every=50):
+        self.model, self.batches, self.config = model.to(device), batches, config
+        self.device, self.out, self.log_every, self.compiled = device, out, log_every, compiled
+        self.step, self.seconds = 0, 0.0
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
+                                           weight_decay=config.weight_decay, fused=True)
+        self.loss = model.loss
+
+    def compile(self):
+        """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
+        if not (self.compiled and self.config.steps >= PAYS and compiler_exists(self.device)):
+            return
+        start, (state, tensors) = time.time(), (copy.deepcopy(getattr(self.batches, "state", None)),
+                                                torch.get_rng_state())
+        try:
+            self.loss = torch.compile(self.model.loss, dynamic=False)
+            batch = next(self.batches).to(self.device)
+            with precision(self.device):
+                self.loss(batch)[0].backward()
+            print(f"compiled in {time.time() - start:.0f} s", flush=True)
+        except Exception as error:      # no working compiler: slower, not wrong
+            self.loss = self.model.loss
+            print(f"torch.compile failed ({type(error).__name__}); running without it", flush=True)
+        self.optimizer.zero_grad()
+        self.batches.state = state      # the batch and the random numbers above never happened
+        torch.set_rng_state(tensors)
+
+    def learning_rate(self):
+        """Linear warm-up, then half a cosine down to a hundredth of the peak."""
+        warmup = max(1, min(self.config.warmup, self.config.steps // 5))
+        done = max(0, self.step - warmup) / max(1, self.config.steps - warmup)
+        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.config.lr * min(1.0, (self.step + 1) / warmup) * fall
+
+    def train_step(self):
+        """One step -> its losses, still on the device."""
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = next(self.batches).to(self.device)
+        with precision(self.device):
+            loss, parts = self.loss(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: drop the start
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averaged.parameters()),
+                                 list(self.model.parameters()), 1 - decay)
+            for kept, buffer in zip(self.averaged.buffers(), self.model.buffers()):
+                kept.copy_(buffer)
+        return {"loss": loss.detach(), **parts, "gradient_norm": norm}
+
+    def train(self, title, every=None, at_each=None, save=None):
+        """Run to the last step; `at_each()` every `every` steps, `save()` once a minute."""
+        self.model.train()
+        recent, last_save = [], time.time()
+        with (open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log,
+              tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
+                   mininterval=1, dynamic_ncols=True) as bar):
+            while self.step < self.config.steps:
+                start = time.time()
+                recent.append(self.train_step())
+                self.seconds += time.time() - start
+                bar.update()
+                saving = save and time.time() - last_save > 60
+                if saving or self.step % self.log_every == 0 or self.step == self.config.steps:
+                    row = mean_of(recent)
+                    recent = []
+                    if not math.isfinite(row["loss"]):      # found before anything is saved
+                        raise InputError(f"the loss is {row['loss']} at step {self.step}: "
+                                         f"try a lower --lr (it was {self.config.lr}); "
+                                         "the last checkpoint is kept")
+                    log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
+                                          "seconds": round(self.seconds, 2), **row}) + "\n")
+                    log.flush()
+                    bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
+                if at_each and self.step % every == 0 and self.step < self.config.steps:
+                    at_each()
+                if saving:
+                    save()
+                    last_save = time.time()
+        self.model.eval()
+
+    def state(self):
+        """All that going on exactly needs."""
+        return {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict(),
+                "ema": self.averaged.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(), "stream": self.batches.state}
+
+    def resume(self, saved):
+        self.model.load_state_dict(saved["model"])
+        self.averaged.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.batches.state = saved["stream"]
+        torch.set_rng_state(saved["rng"])
+        log = self.out / "metrics.jsonl"        # rows that no checkpoint holds would come twice
+        rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
+                       encoding="utf-8")
+
+
+def mean_of(rows):
+    """Losses of several steps -> their means, as floats; nan (an empty noise level) is left out."""
+    means = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
+    means = {name: (values.mean() if name == "loss" else values.nanmean()).item()
+             for name, values in means.items()}
+    return {name: value if name == "loss" or math.isfinite(value) else None
+            for name, value in means.items()}
+
+
+class Signals:
+    """An endless stream of batches of stored signals for an autoencoder, each once an epoch."""
+
+    def __init__(self, stored, batch_size, seed, transform=None):
+        """transform: of a batch of signals (vqvae.spectrum, for sounds)."""
+        self.stored, self.batch_size, self.seed, self.state = stored, batch_size, seed, {"drawn": 0}
+        self.transform = transform or (lambda signals: signals)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        numbers = np.arange(self.state["drawn"], self.state["drawn"] + self.batch_size)
+        self.state["drawn"] += self.batch_size
+        epochs, places = np.divmod(numbers, len(self.stored))
+        orders = {e: np.random.default_rng((self.seed, e)).permutation(len(self.stored))
+                  for e in set(epochs.tolist())}
+        index = [orders[e][place] for e, place in zip(epochs.tolist(), places)]
+        signals = self.transform(to_signal(self.stored[index]))
+        return signals.contiguous(memory_format=torch.channels_last)
+
+
+# --- what report.json says of any run ------------------------------------------------------------
+
+def active_parameters(model):
+    """Parameters that one position meets: of an untied part, one copy."""
+    return sum(p.numel() for name, p in model.named_parameters()
+               if not re.search(r"copies\.[1-9]", name))
+
+
+def facts(trainer, wall):
+    """What report.json says of any run, beside its scores."""
+    batch = next(trainer.batches)
+    positions = batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)
+    with count_flops() as counter:
+        trainer.model.loss(batch.to(trainer.device))[0].backward()
+    trainer.model.zero_grad()
+    return {"seed": trainer.config.seed, "torch": torch.__version__,
+            "python": platform.python_version(), "device": str(trainer.device),
+            "bf16": not isinstance(precision(trainer.device), nullcontext),
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "active_parameters": active_parameters(trainer.model), "steps": trainer.step,
+            "tokens": positions * trainer.step, "flops": counter.get_total_flops() * trainer.step,
+            "train_seconds": round(trainer.seconds, 1), "wall_seconds": round(wall, 1),
+            "tokens_per_second": round(positions * trainer.step / max(trainer.seconds, 1e-9)),
+            "peak_memory_mib": peak_memory()}
