@@ -55,9 +55,9 @@ def _enlarge(picture, scale):
 
 
 def is_animated(path):
-    """Whether a picture file has more than one frame."""
+    """Whether a GIF is a clip: several frames, or one that lasts, as a clip without motion has."""
     with _opened(path, "picture") as picture:
-        return getattr(picture, "n_frames", 1) > 1
+        return getattr(picture, "n_frames", 1) > 1 or bool(picture.info.get("duration"))
 
 
 def read_picture(path, size):

@@ -18,7 +18,7 @@ EXPLAINED = {"text": "text: cross-entropy, nats per token",
              "kl": "KL, nats per latent element",
              "commitment": "commitment: squared distance to the code",
              "log_z_squared": "(log Z)^2, held down by the z-loss"}
-COLUMNS = {"image": 1.0, "audio": 1.9, "video": 4.6}       # how wide a signal is shown, in inches
+SHOWN = {"image": (1.2, 1.2), "audio": (2.4, 1.2), "video": (6.0, 0.85)}     # inches: width, height
 
 
 def _pyplot():
@@ -80,8 +80,8 @@ def draw_signal(axis, name, signal, title=""):
         axis.imshow(to_bytes(signal).transpose(1, 2, 0), interpolation="nearest")
     elif name == "video":
         frames, gap = to_bytes(signal).transpose(0, 2, 3, 1), 2             # (frames, H, W, 3)
-        strip = np.pad(frames, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
-        axis.imshow(np.concatenate(strip, axis=1)[:, :-gap], interpolation="nearest")
+        strip = np.pad(frames, ((0, 0), (gap, gap), (gap, 0), (0, 0)), constant_values=120)
+        axis.imshow(np.concatenate(strip, axis=1), interpolation="nearest")
         axis.axis("off")
     else:
         axis.axis("off")
@@ -96,9 +96,9 @@ def draw_signal(axis, name, signal, title=""):
             inset.set_yticks([])
 
 
-def _say(axis, text, colour="black", width=34):
+def _say(axis, text, letters, colour="black"):
     axis.axis("off")
-    axis.text(0, 0.5, textwrap.fill(text, width), fontsize=8, va="center", color=colour,
+    axis.text(0, 0.5, textwrap.fill(text, letters), fontsize=8, va="center", color=colour,
               transform=axis.transAxes)
 
 
@@ -110,26 +110,28 @@ def verdict(world, scene, wanted):
 
 
 def sheet(system, out, title, corpus=None, count=8, seed=7):
-    """For each modality: prompt, true and generated signal, what the grader reads; then a signal
-    and its caption. corpus: held-out files of your own, which no grader can read."""
+    """For each modality: prompt, true and generated signal, what the grader reads in it; and the
+    caption that the model writes of the true one. corpus: held-out files of your own, which no
+    grader can read."""
     names = [name for name in system.codecs if corpus is None or name in corpus.signals]
     if not names:
         return
     count = count if len(names) == 1 else max(2, count // 2)
     torch.manual_seed(seed)
-    widths = [[2.4, COLUMNS[name], COLUMNS[name], 2.4, 0.2, COLUMNS[name], 2.4] for name in names]
-    pyplot = _pyplot()
-    figure = pyplot.figure(figsize=(max(map(sum, widths)) + 0.6, 1.3 * count * len(names) + 0.6),
-                           layout="constrained")
-    parts = figure.subfigures(len(names), 1, squeeze=False)[:, 0]
-    for part, name, columns in zip(parts, names, widths):
-        axes = part.subplots(count, 7, gridspec_kw={"width_ratios": columns}, squeeze=False)
-        _section(axes, system, name, corpus, seed)
+    heights = [count * SHOWN[name][1] + 0.3 for name in names]
+    whole = max(2 * SHOWN[name][0] + 6.6 for name in names)                 # inches
+    figure = _pyplot().figure(figsize=(whole + 0.4, sum(heights) + 0.4), layout="constrained")
+    parts = figure.subfigures(len(names), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, name in zip(parts, names):
+        words = (whole - 2 * SHOWN[name][0]) / 3
+        columns = [words, SHOWN[name][0], SHOWN[name][0], words, words]
+        axes = part.subplots(count, 5, gridspec_kw={"width_ratios": columns}, squeeze=False)
+        _section(axes, system, name, corpus, seed, int(14 * words))
     _finish(figure, out, title)
 
 
-def _section(axes, system, name, corpus, seed):
-    """A row of axes for each case of one modality."""
+def _section(axes, system, name, corpus, seed, letters):
+    """A row of axes for each case of one modality; `letters` fit a line of words."""
     count, rng, scenes = len(axes), np.random.default_rng(seed), None
     if corpus is None:
         world = WORLDS[name]
@@ -150,20 +152,20 @@ def _section(axes, system, name, corpus, seed):
         axis.axis("off")
     for i, (row, text) in enumerate(zip(axes, texts)):
         unseen = scenes is not None and world.is_held_out(scenes[i])
-        _say(row[0], ("[unseen pair] " if unseen else "") + text)
+        _say(row[0], ("[unseen pair] " if unseen else "") + text, letters)
         draw_signal(row[1], name, true[i], "true" if i == 0 else "")
         draw_signal(row[2], name, drawn[i], "generated" if i == 0 else "")
         if scenes is None:
-            _say(row[3], "")
-            _say(row[6], written[i], "green" if written[i] == text else "black")
+            _say(row[3], "", letters)
+            _say(row[4], written[i], letters, "green" if written[i] == text else "black")
         else:
-            _say(row[3], *verdict(world, world.grade(drawn[i].numpy()), scenes[i]))
-            _say(row[6], written[i], verdict(world, world.parse(written[i]), scenes[i])[1])
-        row[4].axis("off")
-        draw_signal(row[5], name, true[i], "given" if i == 0 else "")
-    axes[0][0].set_title("prompt", fontsize=8)
-    axes[0][3].set_title("what the grader reads" if scenes else "", fontsize=8)
-    axes[0][6].set_title("its generated caption", fontsize=8)
+            read, colour = verdict(world, world.grade(drawn[i].numpy()), scenes[i])
+            _say(row[3], read, letters, colour)
+            _say(row[4], written[i], letters,
+                 verdict(world, world.parse(written[i]), scenes[i])[1])
+    axes[0][0].set_title("prompt", fontsize=8, loc="left")
+    axes[0][3].set_title("what the grader reads in it" if scenes else "", fontsize=8, loc="left")
+    axes[0][4].set_title("generated caption of the true one", fontsize=8, loc="left")
 
 
 def reconstructions(signals, rebuilt, out, title):

@@ -71,8 +71,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
            "transfusion": {"steps": 6000, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
-           "transfusion all": {"steps": 9000, "batch_size": 8},
-           "chameleon all": {"steps": 7000, "batch_size": 6}}
+           "transfusion all": {"steps": 12_000, "batch_size": 10},
+           "chameleon all": {"steps": 4800, "batch_size": 7}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 

@@ -9,74 +9,120 @@ import torch
 import small
 from adapter import load
 
-data, scores, shapes = load("data"), load("scores"), load("worlds.shapes")
+corpora, data, scores = load("corpora"), load("data"), load("scores")
+shapes, stories, tones = load("worlds.shapes"), load("worlds.stories"), load("worlds.tones")
 
 
 class Known:
-    """A system that draws and reads by the world's own rules, but errs in every third case."""
+    """A system that draws and reads by the worlds' own rules, but errs in every third case."""
 
     picture_size = 32
 
-    def __init__(self, errs):
-        self.errs = errs
+    def __init__(self, errs, names=("image",)):
+        self.errs, self.codecs = errs, dict.fromkeys(names)
 
     def wrong(self, i):
         return self.errs and i % 3 == 0
 
-    def draw(self, captions):
-        drawn = [shapes.render(shapes.parse(caption)) for caption in captions]
-        return torch.from_numpy(np.stack([np.zeros_like(picture) if self.wrong(i) else picture
-                                          for i, picture in enumerate(drawn)]))
+    def draw(self, captions, name):
+        world = corpora.WORLDS[name]
+        return self.render([world.parse(caption) for caption in captions], name)
 
-    def caption(self, pictures):
-        rng = np.random.default_rng(0)
-        return ["a cat." if self.wrong(i) else shapes.describe(shapes.grade(picture.numpy()), rng)
-                for i, picture in enumerate(pictures)]
+    def follow(self, segments, name):
+        assert name == "audio" and {kind for kind, _ in segments} == {"video"}
+        grade = corpora.WORLDS["video"].grade
+        return self.render([corpora.sound_of(grade(clip.numpy())) for _, clip in segments], name)
+
+    def render(self, scenes, name):
+        drawn = [corpora.WORLDS[name].render(scene) for scene in scenes]
+        return torch.from_numpy(np.stack([np.zeros_like(signal) if self.wrong(i) else signal
+                                          for i, signal in enumerate(drawn)]))
+
+    def caption(self, signals, name):
+        rng, world = np.random.default_rng(0), corpora.WORLDS[name]
+        return ["a cat." if self.wrong(i) else world.describe(world.grade(signal.numpy()), rng)
+                for i, signal in enumerate(signals)]
 
     def complete(self, prompts, spans):
+        """Opens a span of the modality whose world can read the caption."""
         assert spans == 0
-        return [prompt if self.wrong(i) else [*prompt, ("image", None)]
-                for i, prompt in enumerate(prompts)]
+        kinds = [next(name for name, world in corpora.WORLDS.items() if world.parse(prompt[0][1]))
+                 for prompt in prompts]
+        return [prompt if self.wrong(i) else [*prompt, (kind, None)]
+                for i, (prompt, kind) in enumerate(zip(prompts, kinds))]
 
     def encode(self, name, signals):
         return signals
 
     def decode(self, name, encoded):
-        return torch.where(torch.tensor([self.wrong(i) for i in range(len(encoded))])
-                           [:, None, None, None], -encoded, encoded)
+        kept = [not self.wrong(i) for i in range(len(encoded))]
+        return encoded * torch.tensor(kept).view(-1, *[1] * (encoded.dim() - 1))
 
 
 @pytest.mark.parametrize("errs, expected", [(False, 1.0), (True, 2 / 3)])
-def test_a_system_that_errs_in_a_third_of_cases_scores_two_thirds(errs, expected):
-    found = scores.score_shapes(Known(errs), count=12)
+@pytest.mark.parametrize("names, count", [(("image",), 10), (("audio",), 5), (("video",), 5),
+                                          (("image", "audio", "video"), 21)])
+def test_a_system_that_errs_in_a_third_of_cases_scores_two_thirds(errs, expected, names, count):
+    found = scores.score_toys(Known(errs, names), count=12)
     shares = [name for name in found if f"{name}_n" in found and not name.endswith("psnr")]
-    assert len(shares) == 7
+    assert len(shares) == count
     for name in shares:
         assert found[name] == pytest.approx(expected), name
         assert found[f"{name}_n"] == (24 if name == "generation_exact" else 12)
 
 
 def test_held_out_cases_hold_a_pair_that_training_never_has():
-    asked = []
+    asked = {}
 
     class Asked(Known):
-        def draw(self, captions):
-            asked.append([shapes.is_held_out(shapes.parse(caption)) for caption in captions])
-            return super().draw(captions)
-    scores.score_shapes(Asked(False), count=12)
-    assert [set(kind) for kind in asked] == [{False}, {False}, {True}]
+        def draw(self, captions, name):
+            world = corpora.WORLDS[name]
+            asked.setdefault(name, []).append({world.is_held_out(world.parse(caption))
+                                               for caption in captions})
+            return super().draw(captions, name)
+    scores.score_toys(Asked(False, ("image", "audio", "video")), count=12)
+    assert asked == {"image": [{False}, {False}, {True}], "audio": [{False}, {True}],
+                     "video": [{False}, {True}]}
+
+
+def test_pictures_that_are_right_but_unclean_count_as_nearest_alone():
+    class Noisy(Known):
+        def draw(self, captions, name):
+            drawn = super().draw(captions, name)
+            return drawn + 0.25 * torch.randn(drawn.shape, generator=torch.manual_seed(0))
+    found = scores.score_generation(Noisy(False), "image", 12, 0)
+    for kind in ("_one", "_two", "_heldout"):
+        assert found[f"generation_exact{kind}"] == 0 and found[f"generation_nearest{kind}"] == 1
+
+
+@pytest.mark.parametrize("share", (1.0, 0.2))
+def test_a_model_that_knows_the_grammar_has_no_loss_above_its_entropy(share):
+    """A model whose loss is that of the grammar, spread evenly over the tokens of each batch."""
+    class Grammar:
+        def loss(self, batch):
+            total = nats = 0
+            for row, targets in zip(batch.tokens, batch.targets):
+                text = small.TOKENIZER.decode(row[1:int((targets >= 0).sum())].tolist())
+                nats -= stories.log_probability(text) + math.log(share)
+                total += int((targets >= 0).sum())
+            return None, {"text": nats / total, "text_accuracy": 0.0}
+    system = Known(False)
+    system.model, system.tokenizer, system.device = Grammar(), small.TOKENIZER, "cpu"
+    system.positions, system.layout = small.POSITIONS, small.LAYOUT["transfusion"]
+    found = scores.score_stories(system, 40, 0, share)
+    assert found["text_excess"] == pytest.approx(0, abs=1e-6) and found["text_loss_n"] == 40
+    assert found["text_entropy"] == pytest.approx(found["text_loss"], rel=0.1)
 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)
-def test_token_accuracy_against_a_loop_over_the_ids_of_captions(setting, monkeypatch):
+def test_token_accuracy_against_a_loop_over_the_ids_of_captions(setting):
     encoded, layout = small.signals(setting)["image"], small.LAYOUT[setting]
     texts = ["a", "bc", "def", "ghij", "klmno", "p"]
-    corpus = data.Corpus([[("text", text), ("image", i)] for i, text in enumerate(texts)],
-                         {"image": np.zeros((6, 3, 32, 32), np.uint8)})
+    documents = [data.tokenize([("image", i), ("text", text)], small.TOKENIZER)
+                 for i, text in enumerate(texts)]
     system = Known(False)
     system.model, system.tokenizer, system.layout = small.model(setting), small.TOKENIZER, layout
     system.positions, system.device = small.POSITIONS, "cpu"
-    monkeypatch.setattr(system, "encode", lambda name, signals: encoded)
     # a head that likes some ids, so that some answers are right
     system.model.head.weight.data[[ord(c) for c in "abcdefghijklmnop"]] *= 5
     right = total = 0
@@ -89,7 +135,9 @@ def test_token_accuracy_against_a_loop_over_the_ids_of_captions(setting, monkeyp
         start = batch.tokens[0].tolist().index(layout.end[1]) + 1
         right += sum(said[start + k - 1] == ord(c) for k, c in enumerate(text))
         total += len(text)
-    assert scores.token_accuracy(system, corpus, batch=4) == pytest.approx(int(right) / total)
+    accuracy = scores.text_loss(system, documents, lambda targets: (targets >= 0) & (targets < 256),
+                                {"image": encoded}, batch=4)[1]
+    assert accuracy == pytest.approx(int(right) / total)
     assert 0 < right < total
 
 
