@@ -158,9 +158,6 @@ def folder_corpus(folder, size=32, held_out=0.1):
                 pairs.append((text, *read_file(folder / name, size)))
             except InputError as error:
                 raise InputError(f"{metadata}, line {number}: {error}") from None
-    if len(pairs) < 2:
-        raise InputError(f'--data: "{metadata}" names {len(pairs)} files; at least 2 are '
-                         "needed, one to learn from and one to be tested on")
     parts = Table(None), Table(None)
     for kind in WORLDS:
         own = [(text, stored) for text, name, stored in pairs if name == kind]
@@ -169,6 +166,9 @@ def folder_corpus(folder, size=32, held_out=0.1):
         for place, i in enumerate(shuffled):
             table, (text, stored) = parts[place < test], own[i]
             table.documents.append([("text", text), table.add(kind, stored)])
+    if not parts[1].documents:
+        raise InputError(f'--data: "{metadata}" names {len(pairs)} files; at least 2 of a kind '
+                         "are needed, one to learn from and one to be tested on")
     return tuple(table.corpus() for table in parts)
 
 

@@ -17,6 +17,7 @@ of stories:
     text_loss                 nats per token of fresh stories, <eos> included
     text_entropy              the least that any model can reach, known from the grammar
     text_excess               their difference
+    story_exact               the first words of a story become a story whose answer is right
 
 Your own files have no grader: `score_folder` measures captions and reconstructions against them.
 """
@@ -156,7 +157,10 @@ def score_stories(system, count, seed, share):
     tokens = sum(len(document[0][1]) + 1 for document in documents)         # and <eos>
     least = -sum(stories.log_probability(text) + math.log(share) for text in texts)
     loss, _ = text_loss(system, documents, lambda targets: targets >= 0)
-    return {"text_loss": loss, "text_loss_n": count,
+    told = [document[0][1] for document in system.complete(
+        [[("text", stories.opening(text))] for text in texts], spans=0)]
+    return {"story_exact": sum(stories.grade(text) is not None for text in told) / count,
+            "story_exact_n": count, "text_loss": loss, "text_loss_n": count,
             "text_entropy": (stories.entropy() - math.log(share)) * count / tokens,
             "text_excess": loss - least / tokens}
 

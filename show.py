@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import textwrap
 
 import numpy as np
@@ -11,6 +12,7 @@ from corpora import WORLDS, toy_corpus
 from data import MODALITIES, Batches, Tokenizer, to_bytes, to_signal
 from machine import count_flops
 from vqvae import spectrum
+from worlds import stories
 
 QUARTERS = ("t < 1/4 (little noise)", "1/4 to 1/2", "1/2 to 3/4", "t > 3/4 (mostly noise)")
 EXPLAINED = {"text": "text: cross-entropy, nats per token",
@@ -18,7 +20,8 @@ EXPLAINED = {"text": "text: cross-entropy, nats per token",
              "kl": "KL, nats per latent element",
              "commitment": "commitment: squared distance to the code",
              "log_z_squared": "(log Z)^2, held down by the z-loss"}
-SHOWN = {"image": (1.2, 1.2), "audio": (2.4, 1.2), "video": (6.0, 0.85)}     # inches: width, height
+# inches: width, height
+SHOWN = {"image": (1.2, 1.2), "audio": (2.4, 1.2), "video": (6.0, 0.85), "text": (0.01, 0.6)}
 
 
 def _pyplot():
@@ -109,13 +112,12 @@ def verdict(world, scene, wanted):
     return ("unreadable" if scene is None else "wrong: " + world.describe(scene)), "firebrick"
 
 
-def sheet(system, out, title, corpus=None, count=8, seed=7):
+def sheet(system, out, title, corpus=None, told=False, count=8, seed=7):
     """For each modality: prompt, true and generated signal, what the grader reads in it; and the
-    caption that the model writes of the true one. corpus: held-out files of your own, which no
-    grader can read."""
+    caption that the model writes of the true one; with `told`, stories that it continues. corpus:
+    held-out files of your own, which no grader can read."""
     names = [name for name in system.codecs if corpus is None or name in corpus.signals]
-    if not names:
-        return
+    names += ["text"] * told
     count = count if len(names) == 1 else max(2, count // 2)
     torch.manual_seed(seed)
     heights = [count * SHOWN[name][1] + 0.3 for name in names]
@@ -126,7 +128,10 @@ def sheet(system, out, title, corpus=None, count=8, seed=7):
         words = (whole - 2 * SHOWN[name][0]) / 3
         columns = [words, SHOWN[name][0], SHOWN[name][0], words, words]
         axes = part.subplots(count, 5, gridspec_kw={"width_ratios": columns}, squeeze=False)
-        _section(axes, system, name, corpus, seed, int(14 * words))
+        if name == "text":
+            _stories(axes, system, seed, int(14 * words))
+        else:
+            _section(axes, system, name, corpus, seed, int(14 * words))
     _finish(figure, out, title)
 
 
@@ -166,6 +171,25 @@ def _section(axes, system, name, corpus, seed, letters):
     axes[0][0].set_title("prompt", fontsize=8, loc="left")
     axes[0][3].set_title("what the grader reads in it" if scenes else "", fontsize=8, loc="left")
     axes[0][4].set_title("generated caption of the true one", fontsize=8, loc="left")
+
+
+def _stories(axes, system, seed, letters):
+    """A row for each story: its first words, how the model goes on, and whether that is right."""
+    rng = np.random.default_rng(seed)
+    openings = [stories.opening(stories.describe(stories.sample(rng), rng)) for _ in axes]
+    documents = system.complete([[("text", text)] for text in openings], spans=0)
+    for row, text, document in zip(axes, openings, documents):
+        told = document[0][1]
+        right, whole = stories.grade(told) is not None, stories.parse(told) is not None
+        verdict = ("right" if right else "its answer is wrong" if whole else "not a story")
+        for axis in row:
+            axis.axis("off")
+        _say(row[0], text, letters)
+        _say(row[3], told[len(text):].strip(), letters)
+        _say(row[4], verdict, letters, "green" if right else "firebrick")
+    for place, called in ((0, "a story's first words"), (3, "how the model goes on"),
+                          (4, "the story")):
+        axes[0][place].set_title(called, fontsize=8, loc="left")
 
 
 def reconstructions(signals, rebuilt, out, title):
@@ -280,14 +304,17 @@ def trace(model, batch):
 
 def parameters_by_part(model):
     """Parameters by part, and by tower where a part is untied."""
-    counts = {}
+    counts, present = {}, (True, *model.layout.shapes[1:])
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         if part == "blocks":
             part = "blocks, " + ("attention" if "attention." in name
                                  else "ffn" if "ffn." in name else "norms")
         if ".copies." in name:
-            tower = int(name.split(".copies.")[1].split(".")[0])
-            part += f", tower {tower} ({MODALITIES[tower]})"
+            untied, number = re.match(r"(.+)\.copies\.(\d+)", name).groups()
+            towers = model.get_submodule(untied).towers
+            users = [kind for kind, tower, shape in zip(MODALITIES, towers, present)
+                     if tower == int(number) and shape]
+            part += f", tower {number} ({', '.join(users)})"
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts | {"in all": sum(counts.values())}

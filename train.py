@@ -69,6 +69,7 @@ class TrainConfig:
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
+           "vqvae-vq audio": {"steps": 1600},
            "transfusion": {"steps": 6000, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
            "transfusion all": {"steps": 12_000, "batch_size": 10},
@@ -76,8 +77,16 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 
+# training options that mean nothing to an architecture
+WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
+                            "autoencoder_steps"),
+                  "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
+
 
 # --- the autoencoders ----------------------------------------------------------------------------
+
+AS_PICTURE = {"image": lambda pictures: pictures, "audio": spectrum}      # what each of them reads
+
 
 def autoencoder_config(kind, config, **options):
     """The autoencoder of pictures and frames ("image"), or of the spectra of sounds ("audio")."""
@@ -90,13 +99,11 @@ def autoencoder_config(kind, config, **options):
 
 def signals_of(kind, corpus):
     """What an autoencoder learns from: of a corpus's clips the first frame of either half."""
-    if kind == "audio":
-        return corpus.signals["audio"]
-    parts = [corpus.signals[name] for name in ("image",) if name in corpus.signals]
-    if "video" in corpus.signals:
+    parts = [corpus.signals[kind]] if kind in corpus.signals else []
+    if kind == "image" and "video" in corpus.signals:
         clips = corpus.signals["video"]
         parts.append(clips[:, ::clips.shape[1] // 2].reshape(-1, *clips.shape[2:]))
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else ()
 
 
 def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None):
@@ -117,13 +124,10 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     torch.manual_seed(config.seed)
     start = time.time()
     config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
-    transform = spectrum if kind == "audio" else None
-    trainer = Trainer(VQVAE(model_config), Signals(stored, config.batch_size, config.seed,
-                                                   transform), config, device, folder,
-                      compiled=False)
-    source, model = corpus if held_out is None else held_out, trainer.model
-    shown = to_signal(signals_of(kind, source)[:12])
-    shown = (transform(shown) if transform else shown).to(device)
+    batches = Signals(stored, config.batch_size, config.seed, AS_PICTURE[kind])
+    trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
+    model, seen = trainer.model, signals_of(kind, held_out) if held_out else ()
+    shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
 
     def look(path, title):
         model.eval()
@@ -139,10 +143,8 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
 
     trainer.train(f"autoencoder ({kind}, {model_config.bottleneck})", max(1, config.steps // 4),
                   progress)
-    sample = to_signal(stored[:4000])
-    sample = (transform(sample) if transform else sample).to(device)
     with torch.no_grad(), precision(device):
-        model.fit_scale(sample)
+        model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
     report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
               "reads": kind, **facts(trainer, time.time() - start),
               **autoencoder_scores(kind, model, corpus, held_out, config, device)}
@@ -161,7 +163,7 @@ def autoencoder_scores(kind, model, corpus, held_out, config, device):
     for name in reads:
         if held_out is None:
             report |= scores.score_reconstruction(codecs, name, config.cases)
-        else:
+        elif name in held_out.signals:
             report |= scores.score_psnr(codecs, name, held_out, config.cases)
     if model.config.bottleneck == "vq":
         codes = torch.cat([codecs.encode(name, corpus.signals[name]).flatten() for name in reads])
@@ -241,8 +243,8 @@ def train_vqvae(config, model_options):
         model_config = autoencoder_config(kind, config, **{"bottleneck": "vq", **model_options})
         out = config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
         _, folder = train_autoencoder(kind, corpus, held_out, model_config,
-                                      with_presets(config, f"vqvae-{bottleneck}", kind), device,
-                                      name, out)
+                                      with_presets(config, f"vqvae-{bottleneck}",
+                                                   f"vqvae-{bottleneck} {kind}"), device, name, out)
         finish(folder)
 
 
@@ -282,12 +284,13 @@ def train_transformer(arch, config, model_options, resume=False):
         make_folder(folder)
     trainer.compile()
     system = System(trainer.averaged, codecs, Tokenizer(about["merges"]), device)
+    told = share_of_stories(corpus) if held_out is None else 0.0
 
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
         state = torch.get_rng_state()       # looking must not change what comes after
         show.sheet(system, folder / "progress" / f"step-{trainer.step:06d}.png",
-                   f"{arch}, step {trainer.step}", held_out, count=4)
+                   f"{arch}, step {trainer.step}", held_out, told > 0, count=4)
         torch.set_rng_state(state)
 
     def save():
@@ -297,12 +300,12 @@ def train_transformer(arch, config, model_options, resume=False):
     trainer.train(called, max(1, config.steps // 4), progress, save)
     save()
     report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
-    report |= (scores.score_toys(system, config.cases, stories_share=share_of_stories(corpus))
+    report |= (scores.score_toys(system, config.cases, stories_share=told)
                if held_out is None else scores.score_folder(system, held_out, config.cases))
     report["wall_seconds"] = round(time.time() - begun, 1)
     write_json(folder / "report.json", report)
     title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
-    show_run(system, folder, title, held_out, config.seed)
+    show_run(system, folder, title, held_out, told > 0, config.seed)
     finish(folder)
 
 
@@ -333,7 +336,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     for kind in kinds:
         trained[kind], folder = train_autoencoder(
             kind, corpus, held_out, untrained[kind].config,
-            with_presets(kept, f"vqvae-{bottleneck}", kind), device, name)
+            with_presets(kept, f"vqvae-{bottleneck}", f"vqvae-{bottleneck} {kind}"), device, name)
         folders[kind] = folder.name
     codecs = codecs_by(trained)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
@@ -365,10 +368,10 @@ def share_of_stories(corpus):
     return told / len(corpus.documents)
 
 
-def show_run(system, folder, title, held_out, seed):
+def show_run(system, folder, title, held_out, told, seed):
     """curves.png, samples.png and transcript.md of a finished run."""
     show.curves(folder / "metrics.jsonl", folder / "curves.png", title)
-    show.sheet(system, folder / "samples.png", title, held_out)
+    show.sheet(system, folder / "samples.png", title, held_out, told)
     torch.manual_seed(seed)
     free = system.complete([[]], spans=3, temperature=1.0)[0]
     write_document(free, folder / "transcript.md")
@@ -380,7 +383,8 @@ def finish(folder):
     for name, value in report.items():
         if f"{name}_n" in report:
             print(f"{name:<28}{value:8.3f}   ({report[f'{name}_n']} cases)")
-        elif name in ("perplexity", "codes_used", "wall_seconds", "peak_memory_mib"):
+        elif name in ("perplexity", "codes_used", "wall_seconds", "peak_memory_mib",
+                      "text_entropy", "text_excess"):
             print(f"{name:<28}{value:8.3f}")
     print(f"see {folder}/: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
@@ -411,6 +415,8 @@ def arguments(argv):
     for title, config_class in groups.items():
         group = parser.add_argument_group(f"{title} options")
         for name, kind, default, text in options_of(config_class):
+            if title == "training" and name in WITHOUT_EFFECT.get(arch, ()):
+                continue
             shown = f" [{default}]" if default not in ("", 0, 0.0) else ""
             group.add_argument("--" + name.replace("_", "-"), type=kind,
                                metavar=kind.__name__.upper(),

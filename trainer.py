@@ -148,10 +148,10 @@ def mean_of(rows):
 class Signals:
     """An endless stream of batches of stored signals for an autoencoder, each once an epoch."""
 
-    def __init__(self, stored, batch_size, seed, transform=None):
-        """transform: of a batch of signals (vqvae.spectrum, for sounds)."""
+    def __init__(self, stored, batch_size, seed, as_picture):
+        """as_picture: what makes pictures of a batch of signals."""
         self.stored, self.batch_size, self.seed, self.state = stored, batch_size, seed, {"drawn": 0}
-        self.transform = transform or (lambda signals: signals)
+        self.as_picture = as_picture
 
     def __iter__(self):
         return self
@@ -163,8 +163,8 @@ class Signals:
         orders = {e: np.random.default_rng((self.seed, e)).permutation(len(self.stored))
                   for e in set(epochs.tolist())}
         index = [orders[e][place] for e, place in zip(epochs.tolist(), places)]
-        signals = self.transform(to_signal(self.stored[index]))
-        return signals.contiguous(memory_format=torch.channels_last)
+        pictures = self.as_picture(to_signal(self.stored[index]))
+        return pictures.contiguous(memory_format=torch.channels_last)
 
 
 # --- what report.json says of any run ------------------------------------------------------------

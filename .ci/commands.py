@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SHORT = {"train.py": ["--steps", "4", "--autoencoder-steps", "4", "--cases", "8",
+SHORT = {"train.py": ["--steps", "2", "--autoencoder-steps", "2", "--cases", "8",
                       "--examples", "300"]}
 
 

@@ -106,12 +106,23 @@ def test_a_model_that_knows_the_grammar_has_no_loss_above_its_entropy(share):
                 nats -= stories.log_probability(text) + math.log(share)
                 total += int((targets >= 0).sum())
             return None, {"text": nats / total, "text_accuracy": 0.0}
-    system = Known(False)
+    rng = np.random.default_rng(0)
+    texts = [stories.describe(stories.sample(rng), rng) for _ in range(40)]
+
+    class Told(Known):
+        """Goes on with the very story, but stops short in every third case."""
+        def complete(self, prompts, spans):
+            for (_, start), text in zip(sum(prompts, []), texts):
+                assert text.startswith(start) and len(start) < 0.8 * len(text)
+            return [[("text", text[:-1] if self.wrong(i) else text)]
+                    for i, text in enumerate(texts)]
+    system = Told(True)
     system.model, system.tokenizer, system.device = Grammar(), small.TOKENIZER, "cpu"
     system.positions, system.layout = small.POSITIONS, small.LAYOUT["transfusion"]
     found = scores.score_stories(system, 40, 0, share)
     assert found["text_excess"] == pytest.approx(0, abs=1e-6) and found["text_loss_n"] == 40
     assert found["text_entropy"] == pytest.approx(found["text_loss"], rel=0.1)
+    assert found["story_exact"] == 26 / 40
 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)

@@ -386,3 +386,14 @@ def test_a_sound_is_encoded_by_its_spectrum(bottleneck):
         assert rebuilt.shape == waves.shape
         torch.testing.assert_close(rebuilt, vqvae.waveform(model.decode(encoded)))
     assert codec.codes == (32 if bottleneck == "vq" else 0)
+
+
+def test_spectra_and_waveforms_keep_fp32_under_bf16_autocast(monkeypatch):
+    model, waves = small("kl", channels=1, size=(128, 32), strides=((4, 2), (4, 2))), chords(4)[1]
+    monkeypatch.setattr(model, "encode", lambda spectra: spectra)
+    monkeypatch.setattr(model, "decode", lambda spectra: spectra)
+    codec, spectra = vqvae.Codec("audio", model), vqvae.spectrum(waves)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(waves), spectra)
+        assert torch.equal(codec.decode(spectra), vqvae.waveform(spectra))
+        assert not torch.equal(vqvae.spectrum(waves), spectra)      # autocast would have done harm

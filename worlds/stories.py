@@ -5,6 +5,7 @@
     describe(scene, rng)      scene -> text, in one of several tellings
     parse(text)               text -> scene, whatever its answer; None if it is not a story
     grade(text)               text -> scene; None if it is not a story, or if its answer is wrong
+    opening(text)             its first words, for a model to go on from
     log_probability(text)     nats; -inf for a text that the grammar never writes
     entropy()                 nats a story: no language model's mean loss on stories can be lower
 
@@ -210,6 +211,11 @@ def _read(text):
                 _fill(telling, scene, said["answer"]) == text:      # what is said twice agrees
             return scene, telling, said["answer"]
     return None
+
+
+def opening(text, words=6):
+    """The first words of a story: a prompt that leaves most of it, and its answer, to be told."""
+    return " ".join(text.split(" ")[:words])
 
 
 def parse(text):
