@@ -202,7 +202,9 @@ class Chameleon(nn.Module):
         self.token_embedding = nn.Embedding(layout.size, config.width)
         self.counts = [self.positions(kind) if shape else 0
                        for kind, shape in enumerate(layout.shapes)]
-        self.place_embedding = nn.Embedding(1 + max(self.counts), config.width)   # 0: in text
+        self.per_frame = [max(1, n // f) for n, f in zip(self.counts, layout.frames)]
+        self.place_embedding = nn.Embedding(1 + max(self.per_frame), config.width)  # 0: in text
+        self.frame_embedding = nn.Embedding(max(layout.frames), config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, layout.size, bias=False)
@@ -218,6 +220,7 @@ class Chameleon(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.normal_(self.place_embedding.weight, std=0.5)
+        nn.init.normal_(self.frame_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
 
     def positions(self, kind):
@@ -231,7 +234,11 @@ class Chameleon(nn.Module):
 
     def forward(self, batch, cache=None):
         """Ids of text and codes alike -> hidden states (B, S, D)."""
-        x = self.token_embedding(batch.tokens) + self.place_embedding(batch.place)  # (B, S, D)
+        n = torch.tensor(self.per_frame, device=batch.tokens.device)[batch.modality]    # (B, S)
+        before = (batch.place - 1).clamp(min=0)         # codes of the span that come before
+        place = torch.where(batch.place > 0, before % n + 1, 0)
+        x = (self.token_embedding(batch.tokens) + self.place_embedding(place)
+             + self.frame_embedding(before // n))                                   # (B, S, D)
         mask = attention_mask(batch.document)
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if cache is not None:
@@ -254,10 +261,10 @@ class Chameleon(nn.Module):
         text = counted * (targets < self.layout.codes[0][0])
         parts = {"text": average(error.detach(), text), "text_accuracy": average(right, text),
                  "log_z_squared": drift.detach()}
-        for name, (first, stop) in zip(("text", "image", "audio", "video"), self.layout.codes):
-            if stop > first:
-                code = (targets >= first) & (targets < stop)
-                parts[name] = average(error.detach(), code.float())
+        kinds = F.pad(batch.modality[:, 1:], (0, 1)).flatten()      # those of the targets
+        for kind, name in enumerate(("text", "image", "audio", "video")):
+            if kind and self.layout.shapes[kind]:
+                parts[name] = average(error.detach(), counted * (kinds == kind))
         return loss, parts
 
     def noisy(self, batch):
@@ -293,7 +300,7 @@ class Chameleon(nn.Module):
         cache.lengths += lengths
         last = tokens.gather(1, lengths[:, None] - 1)[:, 0]                         # (B,)
         nothing = torch.zeros_like(last)
-        self.extend(prompt, null, 1, torch.full_like(last, self.layout.bos), nothing)
+        self.extend(prompt, null, 1, torch.full_like(last, self.layout.bos), nothing, nothing)
         kind, left, drawn, done = self.advance(last, nothing, nothing, nothing, spans)
         done |= lengths >= size
         counts, place = torch.tensor(self.counts, device=device), nothing
@@ -301,7 +308,7 @@ class Chameleon(nn.Module):
             logits = self.head(hidden[:, -1]).float()                               # (B, V)
             null.lengths.masked_fill_(kind == 0, 1)     # null branch: <bos> <begin>, codes so far
             if guidance != 1 and (kind > 0).any():
-                alone = self.extend(prompt, null, kind > 0, last, place)
+                alone = self.extend(prompt, null, kind > 0, last, kind, place)
                 guided = guide(logits, self.head(alone[:, -1]).float(), guidance)
                 logits = torch.where(kind[:, None] > 0, guided, logits)
             logits = allow(logits, self.layout, kind, left, size - lengths)
@@ -313,7 +320,7 @@ class Chameleon(nn.Module):
             lengths = lengths + ~done
             kind, left, drawn, stopped = self.advance(last, kind, left, drawn, spans)
             place = counts[kind] - left                 # of a code within its span, else 0
-            hidden = self.extend(prompt, cache, ~done, last, place)
+            hidden = self.extend(prompt, cache, ~done, last, kind, place)
             done = done | stopped | (lengths >= size)
         return tokens, [None] * 4
 
@@ -331,16 +338,14 @@ class Chameleon(nn.Module):
                 left = left.masked_fill(opened, self.positions(m))
         return kind, left, drawn, stopped
 
-    def extend(self, prompt, cache, keep, last, place):
+    def extend(self, prompt, cache, keep, last, kind, place):
         """Run the last id of each row (B,) after the cache -> (B, 1, D); `keep` rows keep it."""
-        modality = torch.zeros_like(last)
-        for m, (first, stop) in enumerate(self.layout.codes):
-            modality += m * ((last >= first) & (last < stop))
+        modality = kind * (last >= self.layout.codes[0][0])         # brackets of a span are text
         order = modality.argsort(stable=True)           # which rows write codes; MoT routes by it
         sizes = tuple(torch.bincount(modality, minlength=4).tolist())
         step = prompt._replace(tokens=last[:, None], document=torch.ones_like(last)[:, None],
-                               place=place[:, None], order=order, inverse=order.argsort(),
-                               sizes=sizes)
+                               modality=modality[:, None], place=place[:, None], order=order,
+                               inverse=order.argsort(), sizes=sizes)
         hidden = self(step, cache)
         cache.lengths += keep
         return hidden

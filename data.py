@@ -45,6 +45,8 @@ class Layout(NamedTuple):
     end: tuple                  # by modality: the id that closes it
     codes: tuple                # by modality: (first, last + 1) of the ids of its codes
     shapes: tuple               # by modality: (C, h, w) of its encoded signals, None without any
+    reader: tuple               # by modality: whose codes or patches its own are (video: image's)
+    frames: tuple               # by modality: how many of them, one below the other, make a span
 
 
 class Tokenizer:
@@ -99,17 +101,25 @@ class Tokenizer:
         pieces = (names[i] if i in names else self.pieces[i] for i in ids)
         return b"".join(pieces).decode(errors="replace")
 
-    def layout(self, shapes, codes):
-        """shapes {modality name: (C, h, w)}, codes {modality name: K} -> Layout."""
-        first, ranges = len(self.pieces) + len(SPECIAL), []
+    def layout(self, shapes, codes, read_by={}, frames={}):
+        """shapes {modality name: (C, h, w)}, codes {modality name: K} -> Layout.
+
+        read_by {modality name: another's}: what is tokenized by one autoencoder has the same ids.
+        frames {modality name: of a span}.
+        """
+        first, ranges, known = len(self.pieces) + len(SPECIAL), [], {}
         for name in MODALITIES:
-            ranges.append((first, first + codes.get(name, 0)))
-            first = ranges[-1][1]
+            mine = first, first + codes.get(name, 0)
+            ranges.append(known.setdefault(read_by.get(name, name), mine) if codes.get(name)
+                          else mine)
+            first = max(first, ranges[-1][1])
         special = self.special
         return Layout(first, len(self.pieces), special["<pad>"], special["<bos>"], special["<eos>"],
                       (None, special["<boi>"], special["<boa>"], special["<bov>"]),
                       (None, special["<eoi>"], special["<eoa>"], special["<eov>"]),
-                      tuple(ranges), tuple(shapes.get(name) for name in MODALITIES))
+                      tuple(ranges), tuple(shapes.get(name) for name in MODALITIES),
+                      tuple(MODALITIES.index(read_by.get(name, name)) for name in MODALITIES),
+                      tuple(frames.get(name, 1) for name in MODALITIES))
 
 
 def split_words(text):
@@ -210,8 +220,8 @@ def tokenize(document, tokenizer):
              if name == "text" else content) for name, content in document]
 
 
-def good_length(lengths, step=32):
-    """The shortest row, in steps of 32, that documents of these lengths fill to 90 %, or nearly."""
+def good_length(lengths, fill=0.9, step=32):
+    """The shortest row, in steps of 32, that documents of these lengths fill so far, or nearly."""
     rng, fills = np.random.default_rng(0), {}
     sample = rng.choice(lengths, 400).tolist()
     first = step * math.ceil(max(lengths) / step)
@@ -224,19 +234,41 @@ def good_length(lengths, step=32):
             else:
                 free.append(row - length)
         fills[row] = sum(sample) / (row * len(free))
-        if fills[row] >= 0.9:
+        if fills[row] >= fill:
             return row
     return max(fills, key=fills.get)
 
 
-def row_length(corpus, tokenizer, positions, length=0):
-    """The length of a row: `length`, where every document fits it, or else a good one (0)."""
+LONG = 256          # positions; the cost of attention grows with the square of a row's length,
+EVERY = 3           # so longer documents are packed into rows of their own, in one batch of three
+
+
+class Rows(NamedTuple):
+    corpus: Corpus              # what is packed
+    count: int                  # rows of a batch
+    length: int                 # positions of a row
+
+
+def plan_rows(corpus, tokenizer, positions, count, length=0):
+    """The rows that a corpus is packed into: one kind, or short ones and long ones with about as
+    many positions in all. length: of a row; 0: a good one. InputError where a document is longer.
+    """
     lengths = [measure(tokenize(document, tokenizer), positions) for document in corpus.documents]
     if length and max(lengths) > length:
         text = corpus.documents[int(np.argmax(lengths))][0][1]
         raise InputError(f"a document needs {max(lengths)} positions, a sequence has {length}: "
                          f'shorten its text ("{str(text)[:50]}...") or raise --context')
-    return length or good_length(lengths)
+    if length:
+        return [Rows(corpus, count, length)]
+    plans = []
+    for is_long in (False, True):
+        chosen = [i for i, needed in enumerate(lengths) if (needed > LONG) == is_long]
+        if chosen:
+            length = good_length([lengths[i] for i in chosen], 0.85 if is_long else 0.9)
+            rows = max(1, plans[0].count * plans[0].length // length) if plans else count
+            part = corpus._replace(documents=[corpus.documents[i] for i in chosen])
+            plans.append(Rows(part, rows, length))
+    return plans
 
 
 def measure(document, positions):
@@ -276,7 +308,7 @@ class Batches:
         trials = [document for _ in range(16) for row in self.fill() for document in row]
         held = [sum(kind and m == kind for document in trials for m, _ in document) / 16
                 for kind in range(len(MODALITIES))]
-        self.spans = [max(math.floor(count), count > 0) for count in held]      # in every batch
+        self.spans = [max(math.floor(count), int(count > 0)) for count in held]     # in every batch
         if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
             raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
                              "a span of each modality; raise it, or --context")
@@ -344,6 +376,30 @@ class Batches:
             del queue[place]
         self.state = {"batch": self.state["batch"] + 1, "drawn": drawn, "held": held}
         return rows
+
+
+class Alternate:
+    """Two streams of batches as one: of each EVERY batches the last comes from the second."""
+
+    def __init__(self, streams):
+        self.streams, self.drawn = streams, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.drawn += 1
+        return next(self.streams[self.drawn % EVERY == 0])
+
+    @property
+    def state(self):
+        return {"drawn": self.drawn, "streams": [stream.state for stream in self.streams]}
+
+    @state.setter
+    def state(self, state):
+        self.drawn = state["drawn"]
+        for stream, kept in zip(self.streams, state["streams"]):
+            stream.state = kept
 
 
 def pack(rows, length, layout, positions, encoded, spans=None, finished=True):

@@ -188,7 +188,8 @@ def _tuples(value):
 def layout_of(tokenizer, codecs):
     """The layout of sequences that hold what these codecs ({modality name: Codec}) encode."""
     return tokenizer.layout({name: codec.shape for name, codec in codecs.items()},
-                            {name: codec.codes for name, codec in codecs.items()})
+                            {name: codec.codes for name, codec in codecs.items()}, READ_BY,
+                            {name: codec.frames for name, codec in codecs.items()})
 
 
 def load_system(path, device="cpu"):

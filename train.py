@@ -34,7 +34,7 @@ import torch
 import scores
 import show
 from corpora import EXAMPLES, folder_corpus, toy_corpus
-from data import MODALITIES, Batches, InputError, Tokenizer, row_length, to_signal
+from data import (MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows, to_signal)
 from machine import pick_device, precision
 from sample import (FORMAT, MODELS, Codecs, Parser, System, build, layout_of, load_autoencoder,
                     load_checkpoint, run, write_document)
@@ -69,11 +69,17 @@ class TrainConfig:
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq audio": {"steps": 1600},
+           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
            "transfusion": {"steps": 6000, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
+           "transfusion tones": {"steps": 3000, "batch_size": 30},
+           "transfusion motion": {"steps": 3000, "batch_size": 7},
+           "transfusion stories": {"steps": 3000, "batch_size": 30},
            "transfusion all": {"steps": 12_000, "batch_size": 10},
-           "chameleon all": {"steps": 4800, "batch_size": 7}}
+           "chameleon tones": {"steps": 3000, "batch_size": 24},
+           "chameleon motion": {"steps": 3000, "batch_size": 6},
+           "chameleon stories": {"steps": 3000, "batch_size": 30},
+           "chameleon all": {"steps": 9000, "batch_size": 20}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 
@@ -317,7 +323,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
         raise InputError(f"--width {model_config.width} does not split into {model_config.heads} "
                          "heads of even width; change --width or --heads")
     mot = {"towers": towers_of(config)} if arch == "mot" else None
-    kinds = {READ_BY[modality]: None for modality in corpus.signals}
+    kinds = sorted({READ_BY[modality] for modality in corpus.signals}, reverse=True)
     untrained = {kind: VQVAE(autoencoder_config(kind, config, bottleneck=bottleneck))
                  for kind in kinds}
     tokenizer = Tokenizer.train(corpus.texts())
@@ -330,7 +336,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     state = torch.get_rng_state()
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
-    context = row_length(corpus, tokenizer, positions, config.context)
+    plans = plan_rows(corpus, tokenizer, positions, config.batch_size, config.context)
     kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
     trained, folders = {}, {}
     for kind in kinds:
@@ -341,8 +347,9 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     codecs = codecs_by(trained)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
     torch.set_rng_state(state)
-    batches = Batches(corpus, tokenizer, layout, encoded, positions, config.batch_size,
-                      context, config.seed)
+    streams = [Batches(rows.corpus, tokenizer, layout, encoded, positions, rows.count, rows.length,
+                       config.seed) for rows in plans]
+    batches = Alternate(streams) if len(streams) > 1 else streams[0]
     about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": mot,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import InputError, to_signal
+from data import EVERY, InputError, to_signal
 from machine import compiler_exists, count_flops, peak_memory, precision
 
 PAYS = 1000         # steps from which on a run is compiled: it takes half a minute on a CPU
@@ -138,7 +138,9 @@ class Trainer:
 
 def mean_of(rows):
     """Losses of several steps -> their means, as floats; nan (an empty noise level) is left out."""
-    means = {name: torch.stack([row[name].float() for row in rows]) for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)     # a batch may lack a modality
+    means = {name: torch.stack([row[name].float() for row in rows if name in row])
+             for name in names}
     means = {name: (values.mean() if name == "loss" else values.nanmean()).item()
              for name, values in means.items()}
     return {name: value if name == "loss" or math.isfinite(value) else None
@@ -177,17 +179,20 @@ def active_parameters(model):
 
 def facts(trainer, wall):
     """What report.json says of any run, beside its scores."""
-    batch = next(trainer.batches)
-    positions = batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)
-    with count_flops() as counter:
-        trainer.model.loss(batch.to(trainer.device))[0].backward()
+    tokens = flops = 0
+    for _ in range(EVERY):              # batches of two kinds come in their shares
+        batch = next(trainer.batches)
+        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) / EVERY
+        with count_flops() as counter:
+            trainer.model.loss(batch.to(trainer.device))[0].backward()
+        flops += counter.get_total_flops() / EVERY
     trainer.model.zero_grad()
     return {"seed": trainer.config.seed, "torch": torch.__version__,
             "python": platform.python_version(), "device": str(trainer.device),
             "bf16": not isinstance(precision(trainer.device), nullcontext),
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "active_parameters": active_parameters(trainer.model), "steps": trainer.step,
-            "tokens": positions * trainer.step, "flops": counter.get_total_flops() * trainer.step,
+            "tokens": round(tokens * trainer.step), "flops": round(flops * trainer.step),
             "train_seconds": round(trainer.seconds, 1), "wall_seconds": round(wall, 1),
-            "tokens_per_second": round(positions * trainer.step / max(trainer.seconds, 1e-9)),
+            "tokens_per_second": round(tokens * trainer.step / max(trainer.seconds, 1e-9)),
             "peak_memory_mib": peak_memory()}

@@ -212,13 +212,16 @@ class Transfusion(nn.Module):
         """layout: data.Layout, the id ranges and the shape (C, h, w) of each modality's latents."""
         super().__init__()
         self.config, self.layout, D = config, layout, config.width
-        self.patch_sizes = [shape and shape[0] * config.patch ** 2 for shape in layout.shapes]  # P
         self.token_embedding = nn.Embedding(layout.size, D)
-        self.patch_in = nn.ModuleList(nn.Linear(P, D) if P else None for P in self.patch_sizes)
-        self.patch_out = nn.ModuleList(nn.Linear(D, P) if P else None for P in self.patch_sizes)
-        self.patch_place = nn.ParameterList(
-            nn.Parameter(torch.zeros(self.positions(kind), D)) if P else None
-            for kind, P in enumerate(self.patch_sizes))
+        self.patch_in, self.patch_out = nn.ModuleDict(), nn.ModuleDict()
+        self.patch_place, self.frame_place = nn.ParameterDict(), nn.ParameterDict()
+        for kind, shape in enumerate(layout.shapes):
+            if shape:       # frames of a clip are patches of pictures: one table for both
+                P, frames = shape[0] * config.patch ** 2, layout.frames[kind]
+                reader = str(layout.reader[kind])
+                self.patch_in[reader], self.patch_out[reader] = nn.Linear(P, D), nn.Linear(D, P)
+                self.patch_place[reader] = torch.zeros(self.positions(kind) // frames, D)
+                self.frame_place[str(kind)] = torch.zeros(frames, 1, D)
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
@@ -235,12 +238,10 @@ class Transfusion(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-        for place in self.patch_place:
-            if place is not None:
-                nn.init.normal_(place, std=0.5)
-        for out in self.patch_out:
-            if out is not None:
-                nn.init.zeros_(out.weight)
+        for place in (*self.patch_place.values(), *self.frame_place.values()):
+            nn.init.normal_(place, std=0.5)
+        for out in self.patch_out.values():
+            nn.init.zeros_(out.weight)
 
     def positions(self, kind):
         """How many positions a span of this modality takes."""
@@ -258,8 +259,10 @@ class Transfusion(nn.Module):
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
         for kind, (latents, t) in enumerate(zip(batch.signals, times)):
             if latents is not None:
-                x = self.patch_in[kind](patchify(latents, self.config.patch))       # (spans, n, D)
-                x = x + self.patch_place[kind] + self.time_embedding(t)[:, None]
+                reader = str(self.layout.reader[kind])
+                place = (self.patch_place[reader] + self.frame_place[str(kind)]).flatten(0, 1)
+                x = self.patch_in[reader](patchify(latents, self.config.patch))     # (spans, n, D)
+                x = x + place + self.time_embedding(t)[:, None]
                 parts.append(x.flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
         mask = attention_mask(batch.span, batch.document)
@@ -290,11 +293,14 @@ class Transfusion(nn.Module):
         parts = {"text": loss.detach(), "text_accuracy": average(right, (targets >= 0).float())}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
-                predicted = self.patch_out[kind](by_modality[kind]).float()
+                patch_out = self.patch_out[str(self.layout.reader[kind])]
+                predicted = patch_out(by_modality[kind]).float()
                 target = patchify(velocity, self.config.patch).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                loss = loss + self.config.diffusion_weight * average(error, batch.real[kind])
-                parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
+                real = batch.real[kind]             # of a rare modality there may be none
+                mean = (error * real).sum() / real.sum().clamp(min=1)
+                loss = loss + self.config.diffusion_weight * mean
+                parts |= self.by_noise(kind, error.detach(), times[kind], real)
         return loss, parts
 
     def by_noise(self, kind, error, t, real):
@@ -322,7 +328,7 @@ class Transfusion(nn.Module):
         tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
         latents = [shape and torch.zeros(B, spans, *shape, device=device)
                    for shape in self.layout.shapes]
-        longest = max([self.positions(kind) for kind in range(4) if self.layout.shapes[kind]] + [0])
+        longest = max([self.positions(kind) for kind in range(4) if self.layout.shapes[kind]] + [1])
         cache, null = (Cache(B, size + longest, device) for _ in range(2))
         clean = [x if x is None else torch.zeros(len(x), device=device) for x in prompt.signals]
         hidden = self(prompt, clean, cache)                                         # (B, S, D)
@@ -341,8 +347,9 @@ class Transfusion(nn.Module):
                 active = (state == kind).long()
                 x_0 = self.denoise(prompt, kind, cache, null, steps, guidance)
                 self.extend(prompt, cache, active, kind=kind, latents=x_0)      # clean: context now
-                rows = active.nonzero()[:, 0]
-                latents[kind][rows, drawn[rows]] = x_0[rows]
+                ends, rows = self.layout.end[kind], active.nonzero()[:, 0]
+                before = (tokens == ends).sum(1) - (prompt.tokens == ends).sum(1)   # of this kind
+                latents[kind][rows, before[rows]] = x_0[rows]
                 lengths, drawn = lengths + active * self.positions(kind), drawn + active
                 last = torch.full_like(last, self.layout.end[kind])
             place = lengths[:, None].clamp(max=size - 1)
@@ -404,7 +411,8 @@ class Transfusion(nn.Module):
 
     def velocity(self, prompt, cache, kind, x, t):
         hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
-        patches = self.patch_out[kind](hidden).float()                          # (B, n, P)
+        patch_out = self.patch_out[str(self.layout.reader[kind])]
+        patches = patch_out(hidden).float()                                     # (B, n, P)
         return unpatchify(patches, self.layout.shapes[kind], self.config.patch)
 
 

@@ -25,14 +25,19 @@ def best(logits, allowed):
 
 # --- Chameleon -----------------------------------------------------------------------------------
 
-def code_kind(layout, i):
-    """The modality of a code; 0 for another id."""
-    return next((kind for kind, (first, stop) in enumerate(layout.codes) if first <= i < stop), 0)
+def kinds_of(ids, layout):
+    """The modality of each id: a code's is that of the span in which it stands."""
+    kinds, inside = [], 0
+    for i in ids:
+        inside = 0 if i in layout.end else inside
+        kinds.append(inside)
+        inside = layout.begin.index(i) if i in layout.begin else inside
+    return kinds
 
 
 def logits_after(model, ids):
     """Logits after a row of ids, by the whole row."""
-    tokens, kinds = torch.tensor([ids]), [code_kind(model.layout, i) for i in ids]
+    tokens, kinds = torch.tensor([ids]), kinds_of(ids, model.layout)
     modality = torch.tensor([kinds])
     order = modality.flatten().argsort(stable=True)
     place = [0]
@@ -123,7 +128,8 @@ def generate_latents(model, document, noise, size, spans, steps, guidance):
                 t, velocities = 1 - step / steps, []
                 for prefix, before in ((ids, given + drawn), ([layout.bos, ids[-1]], [])):
                     row = hidden_after(model, prefix + [layout.pad] * n, [*before, (kind, x)], t)
-                    patches = model.patch_out[kind](row[-n:])[None]
+                    patch_out = model.patch_out[str(layout.reader[kind])]
+                    patches = patch_out(row[-n:])[None]
                     velocities.append(transfusion.unpatchify(patches, layout.shapes[kind], 2)[0])
                 conditional, null = velocities
                 x = x - (null + guidance * (conditional - null)).detach() / steps
@@ -172,14 +178,19 @@ def check_codes(model, documents, size, spans, guidance):
         assert found == generate_codes(model, start, size, spans, guidance)
         begun = len(start) - (start[-1] in model.layout.begin)
         kinds.append(small.check_grammar(found, begun, size, spans, model.layout,
-                                         lambda kind, i: code_kind(model.layout, i) == kind))
+                                         lambda kind, i: i in range(*model.layout.codes[kind])))
     return kinds
+
+
+def check(setting, model, documents, size=34, spans=1, guidance=2.0):
+    """Assert that `generate` gives what the loop gives -> the kinds drawn, by row."""
+    if setting == "transfusion":
+        return check_latents(model, documents, size, spans, 2, guidance)
+    return check_codes(model, documents, size, spans, guidance)
 
 
 def check_crossing(setting, model, guidance=2.0):
     """Assert that `generate` draws a span of each modality after a prompt that ends in each."""
-    options = (2, guidance) if setting == "transfusion" else (guidance,)
-    check = check_latents if setting == "transfusion" else check_codes
-    kinds = check(model, small.CROSSING, 24, 1, *options)
+    kinds = check(setting, model, small.CROSSING, guidance=guidance)
     assert kinds == [[data.MODALITIES.index(document[-1][0])] for document in small.CROSSING]
-    assert {tuple(kind) for kind in kinds} == {(1,), (2,), (3,)}
+    assert len(kinds) == 12 and {tuple(drawn) for drawn in kinds} == {(1,), (2,), (3,)}

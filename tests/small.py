@@ -1,4 +1,5 @@
-"""Small models and batches, the same for both hosts: pictures take 4 positions, sounds 2."""
+"""Small models and batches, the same for both hosts: pictures take 4 positions, sounds 2, clips 8
+(two frames of 4)."""
 
 import math
 
@@ -10,21 +11,34 @@ chameleon, data, mot = load("chameleon"), load("data"), load("mot")
 transfusion = load("transfusion")
 
 SETTINGS = ("transfusion", "chameleon")
-POSITIONS = [0, 4, 2, 0]
+POSITIONS = [0, 4, 2, 8]
 TOKENIZER = data.Tokenizer()
 SIZE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
-SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4)},      # in patches of 2 x 2
-          "chameleon": {"image": (2, 2, 2), "audio": (2, 1, 2)}}
-CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5}}
-LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting]) for setting in SETTINGS}
+SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 8, 4)},  # 2 x 2 each
+          "chameleon": {"image": (2, 2, 2), "audio": (2, 1, 2), "video": (2, 4, 2)}}
+CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5, "video": 8}}
+READ_BY = {"image": "image", "audio": "audio", "video": "image"}   # two have the same codes
+FRAMES = {"video": 2}
+LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting], READ_BY, FRAMES)
+          for setting in SETTINGS}
 
-# several spans and documents a row, a span that opens its document, and padding
-ROWS = [[[("text", "red"), ("image", 0)], [("image", 1), ("text", "blue"), ("audio", 2)]],
-        [[("audio", 0), ("image", 2), ("image", 3), ("text", "z")], [("text", "no more")]]]
+# several spans and documents a row, of each modality a span that opens its document, and padding
+ROWS = [[[("text", "red"), ("image", 0)], [("image", 1), ("text", "blue"), ("audio", 2)],
+         [("video", 2), ("text", "go")]],
+        [[("audio", 0), ("image", 2), ("video", 1), ("image", 3), ("text", "z")],
+         [("text", "no more")]]]
+LENGTH = 64                 # of a row
+PADDED = [0, 6, 3, 4]       # spans by modality, where there shall be more than those of ROWS
+
+# an open document that ends in each modality, and goes on with each span
+ENDINGS = {"text": [("text", "ab")], "image": [("image", 1)],
+           "audio": [("text", "what"), ("audio", 2)], "video": [("audio", 0), ("video", 1)]}
+CROSSING = [[*before, (name, None)] for before in ENDINGS.values()
+            for name in SHAPES["transfusion"]]
 
 
 def signals(setting, count=6):
-    """Untrained latents, or codes, of six pictures and sounds."""
+    """Untrained latents, or codes, of six pictures, sounds and clips."""
     random = torch.Generator().manual_seed(1)
     if setting == "transfusion":
         return {name: torch.randn(count, *shape, generator=random)
@@ -33,25 +47,33 @@ def signals(setting, count=6):
             for name, shape in SHAPES[setting].items()}
 
 
-def pack(setting, rows=ROWS, spans=None, length=36, finished=True, table=None):
+def layout_of(setting, names):
+    """The layout of a model that knows, beside text, the modalities of these names alone."""
+    return TOKENIZER.layout({name: SHAPES[setting][name] for name in names},
+                            {name: CODES[setting].get(name, 0) for name in names}, READ_BY, FRAMES)
+
+
+def pack(setting, rows=ROWS, spans=None, length=LENGTH, finished=True, table=None, layout=None):
     rows = [[data.tokenize(document, TOKENIZER) for document in row] for row in rows]
-    return data.pack(rows, length, LAYOUT[setting], POSITIONS, table or signals(setting), spans,
-                     finished)
+    return data.pack(rows, length, layout or LAYOUT[setting], POSITIONS, table or signals(setting),
+                     spans, finished)
 
 
-def prompts(setting, documents):
-    return data.pack_prompts(documents, TOKENIZER, LAYOUT[setting], POSITIONS, signals(setting))
+def prompts(setting, documents, layout=None):
+    return data.pack_prompts(documents, TOKENIZER, layout or LAYOUT[setting], POSITIONS,
+                             signals(setting))
 
 
-def untrained(setting, towers=None, **options):
+def untrained(setting, towers=None, layout=None, **options):
     """A host as it is shipped; with towers, MoT in that host."""
+    layout = layout or LAYOUT[setting]
     dense, config, mixture = {
         "transfusion": (transfusion.Transfusion, transfusion.TransfusionConfig, mot.MoTTransfusion),
         "chameleon": (chameleon.Chameleon, chameleon.ChameleonConfig, mot.MoTChameleon)}[setting]
     torch.manual_seed(0)
     if towers:
-        return mixture(config(**SIZE), LAYOUT[setting], towers=towers, **options)
-    return dense(config(**SIZE, **options), LAYOUT[setting])
+        return mixture(config(**SIZE), layout, towers=towers, **options)
+    return dense(config(**SIZE, **options), layout)
 
 
 def randomise(model, seed=0):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 import small
 from adapter import ROOT, load
 
-data, machine, sample, show = load("data"), load("machine"), load("sample"), load("show")
-train, trainer = load("train"), load("trainer")
+corpora, data, machine, media = load("corpora"), load("data"), load("machine"), load("media")
+sample, show, train, trainer = load("sample"), load("show"), load("train"), load("trainer")
+mot, tones = load("mot"), load("worlds.tones")
 
 SYSTEMS = {"chameleon": ["chameleon"], "transfusion": ["transfusion"], "mot": ["mot"],
            "mot-chameleon": ["mot", "--setting", "chameleon"]}
@@ -29,6 +31,13 @@ KEYS = {"arch", "setting", "data", "seed", "torch", "device", "parameters", "act
 SCORES = {"generation_exact", "generation_exact_one", "generation_exact_two",
           "generation_exact_heldout", "caption_exact", "boi_rate", "reconstruction_exact"}
 every_system = pytest.mark.parametrize("name", SYSTEMS)
+
+# a model of clips is slow, so it is small, and so are they: 8 frames of 16 codes, of 512 else
+PIXELS = 16
+SMALL = ["--picture-size", PIXELS, "--depth", 1, "--width", 32, "--heads", 2, "--hidden", 64]
+MIXED = ["--data", "mixed", "--steps", 2, "--autoencoder-steps", 2, "--cases", 2,
+         "--batch-size", 4, *SMALL]
+FILE = {"image": "mixed/0.png", "audio": "mixed/0.wav", "video": "mixed/0.gif"}
 
 
 def call(main, *argv):
@@ -71,6 +80,40 @@ def runs(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A directory in which two systems were trained on pictures, sounds and clips, three each."""
+    place, lines = tmp_path_factory.mktemp("mixed"), []
+    rng = np.random.default_rng(0)
+    (place / "mixed").mkdir()
+    for name, save in sample.SAVE.items():
+        world = corpora.WORLDS[name]
+        for n in range(3):
+            scene, file = world.sample(rng), f"{n}{sample.SUFFIX[name]}"
+            save(world.render(scene, rng), place / "mixed" / file)
+            lines.append({"file_name": file, "text": world.describe(scene, rng)})
+    (place / "mixed" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for file in ("0.wav", "0.gif"):
+        whole = (place / "mixed" / file).read_bytes()
+        (place / f"broken{file[1:]}").write_bytes(whole[:len(whole) // 2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        sheet = show.sheet          # drawing takes long: the last sheet and the curves are enough
+        patch.setattr(show, "sheet", lambda system, path, *rest, **options: sheet(
+            system, path, *rest, **options) if path.name == "samples.png" else None)
+        patch.setattr(show, "reconstructions", lambda *_: None)
+        for name in ("mot", "chameleon"):
+            call(train.main, name, "--out", name, *MIXED)
+    return place
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Nothing is drawn with matplotlib, which takes most of a short run."""
+    for name in ("sheet", "curves", "reconstructions"):
+        monkeypatch.setattr(show, name, lambda *arguments, **options: None)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 def everything_below(place):
@@ -104,6 +147,10 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
     (["mot", "--width", "0"], "--width"), (["vqvae", "--codes", "0"], "--codes"),
     (["mot", "--setting=chameleon", "--patch", "2"], "--patch"),
+    (["mot", "--towers", "0,1,1"], "0,1,1"), (["mot", "--towers", "a,b,c,d"], "a,b,c,d"),
+    (["mot", "--towers", "0,1,2,4"], "0,1,2,4"), (["chameleon", "--towers", "0,0,0,0"], "--towers"),
+    (["mot", "--data", "motion", "--picture-size", "64"], "--picture-size"),
+    (["vqvae", "--data", "stories", "--examples", "9"], "words"),
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
     # a folder and few steps matter only where a bad option is let through
@@ -173,7 +220,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_checkpoint_before_it_
         shutil.copytree(runs / part, folder.parent / part)
     kept = Path("mot/checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit):
-        call(train.main, "mot", "--data", "pictures", "--out", "mot", "--steps", 70, "--lr", 1e38,
+        call(train.main, "mot", "--data", "pictures", "--out", "mot", "--steps", 150, "--lr", 1e38,
              *BRIEF)
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("error: the loss is nan") and "--lr" in sentence
@@ -263,6 +310,53 @@ def test_what_sample_cannot_do_is_named(runs, capsys, monkeypatch, argv, named):
     assert named in refused(capsys, sample.main, *argv)
 
 
+@pytest.mark.parametrize("argv, named", [
+    (["mot", "--audio", "mixed/0.wav", "--video", "mixed/0.gif"], "--audio"),
+    (["mot", "a prompt", "--audio", "mixed/0.wav"], "--audio"),
+    (["mot", "--audio", "broken.wav"], "broken.wav"),
+    (["mot", "--video", "broken.gif"], "broken.gif"), (["mot", "--video", "gone.gif"], "gone.gif"),
+    (["mot", "--audio", "mixed/0.png"], "0.png"), (["mot", "--video", "mixed/0.wav"], "0.wav"),
+    (["mot", "--audio", "mixed/0.wav", "--to", "video", "--out", "gone/clip.gif"], "gone"),
+    (["chameleon", "a prompt", "--to", "audio", "--out", "gone/sound.wav"], "gone"),
+    (["mot", "a prompt", "--to", "smell"], "smell"),
+])
+def test_what_sample_cannot_do_with_sounds_and_clips_is_named(
+        mixed, capsys, monkeypatch, argv, named):
+    monkeypatch.chdir(mixed)
+    assert named in refused(capsys, sample.main, *argv)
+
+
+@pytest.mark.parametrize("argv", [["--audio", FILE["audio"]], ["--video", FILE["video"]],
+                                  ["a prompt", "--to", "audio"], ["a prompt", "--to", "video"],
+                                  ["--image", FILE["image"], "--to", "video"]])
+def test_a_model_of_pictures_alone_is_not_asked_for_others(runs, mixed, capsys, monkeypatch, argv):
+    monkeypatch.chdir(runs)
+    argv = [mixed / word if word in FILE.values() else word for word in argv]
+    sentence = refused(capsys, sample.main, "mot", *argv)
+    assert "not trained on it" in sentence and sentence.rstrip().endswith("image")
+    assert argv[0] in sentence or "--to" in sentence
+
+
+def test_a_model_that_would_go_on_with_words_alone_asks_what_shall_follow():
+    class Says:
+        codecs, begun = {"image": None, "audio": None}, [("audio", 7)]
+
+        def complete(self, prompts, **settings):
+            return [[*prompt, *self.begun] for prompt in prompts]
+    system = Says()
+    assert sample.answer(system, ("text", "go"), None, {}) == ("audio", 7)
+    system.begun = []
+    with pytest.raises(data.InputError, match="--to"):
+        sample.answer(system, ("text", "go"), None, {})
+
+
+def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
+    monkeypatch.chdir(mixed)
+    sentence = refused(capsys, train.main, "mot", "--out", "mot", *MIXED, "--towers", "0,1,2,1",
+                       "--resume")
+    assert "towers" in sentence and "[0, 1, 2, 1]" in sentence and "[0, 1, 2, 3]" in sentence
+
+
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
     done = subprocess.run([sys.executable, ROOT / "train.py", "mott"], capture_output=True,
                           text=True)
@@ -314,7 +408,7 @@ def test_one_autoencoder_of_each_kind_is_trained_and_shared(runs):
     assert len(list((runs / "runs").glob("vqvae-vq-*"))) == 1
 
 
-def test_an_autoencoder_is_reused_for_the_same_pictures_alone(runs, folder):
+def test_an_autoencoder_is_reused_for_the_same_pictures_alone(runs, folder, plain):
     shutil.copytree(runs / "runs", folder.parent / "runs")
     kept = next(Path("runs").glob("vqvae-kl-*")) / "checkpoint.pt"
     written = kept.stat().st_mtime_ns
@@ -366,6 +460,144 @@ def test_sample_writes_a_picture_a_caption_and_a_document(
         assert np.array_equal(pixels, np.asarray(after))
 
 
+@pytest.mark.parametrize("name", ["mot", "chameleon"])
+def test_a_run_on_files_of_three_kinds_writes_scores_of_each(mixed, name):
+    run, report = mixed / name, json.loads((mixed / name / "report.json").read_text())
+    assert FILES | {"transcript.md"} <= {path.name for path in run.iterdir()}
+    assert KEYS <= report.keys() and report["data"] == "mixed"
+    for prefix in ("", "audio_", "video_"):
+        for score in ("caption_token_accuracy", "caption_exact", "reconstruction_psnr"):
+            assert report[f"{prefix}{score}_n"] == 1
+            least, most = (0, 100) if "psnr" in score else (0, 1)
+            assert least <= report[prefix + score] <= most
+    assert {"text", "image", "audio", "video"} <= metrics(run)[0].keys()
+    assert all(np.isfinite(row["loss"]) for row in metrics(run))
+    bottleneck = "kl" if name == "mot" else "vq"
+    kinds = [json.loads((path / "report.json").read_text())["reads"]
+             for path in (mixed / "runs").glob(f"vqvae-{bottleneck}-mixed-*")]
+    assert sorted(kinds) == ["audio", "image"]
+
+
+def check_file(path, name):
+    """Assert that a file is a signal of that modality, as `sample.py` writes and reads them."""
+    if name == "audio":
+        with wave.open(str(path)) as file:
+            assert file.getparams()[:4] == (1, 2, tones.RATE, tones.LENGTH)
+        assert media.read_sound(path, tones.LENGTH, tones.RATE).shape == (1, tones.LENGTH)
+        return
+    with Image.open(path) as picture:
+        if name == "image":
+            assert picture.size == (8 * PIXELS, 8 * PIXELS)
+            assert media.read_picture(path, PIXELS).shape == (3, PIXELS, PIXELS)
+            return
+        lasts = 0
+        for frame in range(picture.n_frames):       # equal ones are one that lasts longer
+            picture.seek(frame)
+            lasts += picture.info["duration"]
+        assert (picture.format, picture.size, lasts) == ("GIF", (4 * PIXELS, 4 * PIXELS), 8 * 250)
+    assert media.read_video(path, 8, PIXELS).shape == (8, 3, PIXELS, PIXELS)
+
+
+@pytest.mark.parametrize("before", ["text", *FILE])
+@pytest.mark.parametrize("name", ["mot", "chameleon"])
+def test_sample_writes_each_kind_of_file_after_each_kind_of_input(
+        mixed, tmp_path, monkeypatch, capsys, name, before):
+    monkeypatch.chdir(tmp_path)
+    given = ["a prompt"] if before == "text" else [f"--{before}", mixed / FILE[before]]
+    for kind, suffix in sample.SUFFIX.items():
+        call(sample.main, mixed / name, *given, "--to", kind)
+        assert [path.name for path in tmp_path.iterdir()] == ["sample" + suffix]
+        check_file(tmp_path / f"sample{suffix}", kind)
+        assert capsys.readouterr().out == f"wrote sample{suffix}\n"
+        os.remove("sample" + suffix)
+    if before == "audio":
+        call(sample.main, mixed / name, *given, "--to", "video", "--out", "other.gif")
+        assert [path.name for path in tmp_path.iterdir()] == ["other.gif"]
+
+
+@pytest.mark.parametrize("name", ["mot", "chameleon"])
+def test_sample_prints_what_the_model_says_of_a_file_and_how_it_goes_on_with_words(
+        mixed, monkeypatch, capsys, name):
+    monkeypatch.chdir(mixed)
+    before, system, said = everything_below("."), sample.load_system(name), set()
+    for kind, file in FILE.items():
+        signal = {"image": lambda path: media.read_picture(path, PIXELS),
+                  "audio": lambda path: media.read_sound(path, tones.LENGTH, tones.RATE),
+                  "video": lambda path: media.read_video(path, 8, PIXELS)}[kind](file)
+        expected = system.caption(data.to_signal(signal)[None], kind)
+        for more in [[], ["--to", "text"]][:1 + (kind == "video")]:
+            capsys.readouterr()
+            call(sample.main, name, f"--{kind}", file, *more)
+            assert capsys.readouterr().out == expected[0] + "\n"
+        said |= set(expected)
+    assert len(said) > 1
+    call(sample.main, name, "a prompt", "--to", "text")
+    assert capsys.readouterr().out.startswith("a prompt")
+    assert everything_below(".") == before
+
+
+@pytest.mark.parametrize("name", ["mot", "chameleon"])
+def test_a_free_document_is_written_with_its_files(mixed, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    call(sample.main, mixed / name)
+    assert Path("sample.md").is_file()
+    random, drawn = torch.Generator().manual_seed(0), []
+    for shape in ((3, PIXELS, PIXELS), (1, tones.LENGTH), (8, 3, PIXELS, PIXELS)):
+        drawn.append(torch.rand(shape, generator=random) - 0.5)
+    document = [("text", "one"), ("image", drawn[0]), ("audio", drawn[1]), ("text", "two"),
+                ("video", drawn[2]), ("image", None)]
+    monkeypatch.setattr(sample.System, "complete", lambda self, prompts, **_: [document])
+    call(sample.main, mixed / name, "--out", "story.md")
+    assert Path("story.md").read_text(encoding="utf-8").split("\n\n") == [
+        "one", "![image 1](story-1.png)", "[audio 2](story-2.wav)", "two",
+        "![video 3](story-3.gif)\n"]
+    for kind, file in (("image", "story-1.png"), ("audio", "story-2.wav"),
+                       ("video", "story-3.gif")):
+        check_file(file, kind)
+
+
+def test_towers_that_are_shared_are_trained_saved_and_loaded(mixed, monkeypatch, plain):
+    monkeypatch.chdir(mixed)
+    call(train.main, "mot", "--out", "three", *MIXED, "--towers", "0,1,2,1")
+    model = sample.load_system("three").model
+    untied = [module for module in model.modules() if isinstance(module, mot.Untied)]
+    assert untied and all((len(module.copies), list(module.towers)) == (3, [0, 1, 2, 1])
+                          for module in untied)
+    three, four = (json.loads(Path(run, "report.json").read_text()) for run in ("three", "mot"))
+    tower = (four["parameters"] - four["active_parameters"]) / 3
+    assert three["parameters"] == three["active_parameters"] + 2 * tower
+    assert three["active_parameters"] == four["active_parameters"]
+
+
+def test_words_alone_are_trained_on_and_scored_beside_their_entropy(tmp_path, monkeypatch, plain):
+    monkeypatch.chdir(tmp_path)
+    call(train.main, "mot", "--data", "stories", "--examples", 60, "--steps", 2, "--cases", 4,
+         *SMALL[2:])
+    report = json.loads(Path("runs/mot-stories/report.json").read_text())
+    assert report["text_loss_n"] == 4 and report["text_loss"] > report["text_entropy"] > 0
+    assert 0 < report["text_excess"] < report["text_loss"]
+    assert report["parameters"] == report["active_parameters"]      # one tower: that of words
+    assert not list(Path("runs").glob("vqvae-*"))
+
+
+def test_vqvae_trains_an_autoencoder_of_each_kind_that_a_folder_needs(mixed, monkeypatch):
+    monkeypatch.chdir(mixed)
+    call(train.main, "vqvae", "--data", "mixed", "--out", "both", "--steps", 2, "--batch-size", 4,
+         "--picture-size", PIXELS)
+    scores = {"image": {"reconstruction_psnr", "video_reconstruction_psnr"},
+              "audio": {"audio_reconstruction_psnr"}}
+    assert {path.name for path in Path("both").iterdir()} == set(scores)
+    for kind, names in scores.items():
+        run = Path("both", kind)
+        report = json.loads((run / "report.json").read_text())
+        assert FILES <= {path.name for path in run.iterdir()} and KEYS <= report.keys()
+        assert {name for name in report if name.endswith("psnr")} == names
+        assert (report["reads"], report["setting"]) == (kind, "vq")
+        assert 0 < report["codes_used"] <= 1 <= report["perplexity"] <= 512
+        config = sample.load_autoencoder(sample.load_checkpoint(run)["autoencoder"]).config
+        assert config.channels == (1 if kind == "audio" else 3)
+
+
 def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2",
@@ -397,14 +629,14 @@ def losses(run):
 
 
 @pytest.mark.parametrize("name", ["mot", "chameleon"])
-def test_two_runs_with_one_seed_have_the_same_losses(runs, name, monkeypatch):
+def test_two_runs_with_one_seed_have_the_same_losses(runs, name, monkeypatch, plain):
     monkeypatch.chdir(runs)
     call(train.main, *SYSTEMS[name], "--data", "pictures", "--out", f"{name}-again", "--steps", 3,
          *BRIEF)
     assert losses(runs / f"{name}-again") == losses(runs / name)
 
 
-def test_resume_goes_on_from_the_last_step(runs, monkeypatch):
+def test_resume_goes_on_from_the_last_step(runs, monkeypatch, plain):
     monkeypatch.chdir(runs)
     arguments = ["transfusion", "--data", "pictures", "--out", "longer", *BRIEF]
     call(train.main, *arguments, "--steps", 2)

@@ -375,6 +375,57 @@ def test_a_state_that_was_kept_is_not_changed_by_going_on(corpus, tokenizer):
     assert saved == kept
 
 
+def test_long_documents_are_packed_apart_in_one_batch_of_every_few():
+    documents = ([[("text", f"{n}"), ("image", n)] for n in range(40)]
+                 + [[("text", f"{n}"), ("video", n)] for n in range(12)])
+    layout = Tokenizer().layout({"image": (1, 4, 4), "video": (1, 20, 16)}, {})
+    encoded = {"image": torch.zeros(40, 1, 4, 4), "video": torch.zeros(12, 1, 20, 16)}
+    positions = [0, 16, 0, 320]
+    plans = data.plan_rows(data.Corpus(documents, {}), Tokenizer(), positions, 20)
+    short, long = plans
+    assert len(short.corpus.documents) == 40 and len(long.corpus.documents) == 12
+    assert short.length < data.LONG < long.length and short.count == 20
+    assert 0.4 <= long.count * long.length / (short.count * short.length) <= 1
+
+    def stream():
+        return data.Alternate([data.Batches(plan.corpus, Tokenizer(), layout, encoded, positions,
+                                            plan.count, plan.length) for plan in plans])
+    batches, lengths = stream(), []
+    for _ in range(2 * data.EVERY):
+        batch = next(batches)
+        lengths.append(batch.tokens.shape[1])
+        assert (batch.real[3] is not None and len(batch.real[3]) > 0) == (lengths[-1] > data.LONG)
+    assert lengths == 2 * ([short.length] * (data.EVERY - 1) + [long.length])
+    restored = stream()
+    restored.state = copy.deepcopy(batches.state)
+    for _ in range(data.EVERY):
+        assert_same(next(batches), next(restored))
+
+
+def test_rows_are_of_one_kind_where_all_documents_are_short_or_a_length_is_given():
+    corpus = data.Corpus([[("text", "a"), ("image", 0)], [("text", "b"), ("video", 0)]], {})
+    assert len(data.plan_rows(corpus, Tokenizer(), [0, 16, 0, 128], 4)) == 1
+    assert len(data.plan_rows(corpus, Tokenizer(), [0, 16, 0, 300], 4)) == 2
+    (rows,) = data.plan_rows(corpus, Tokenizer(), [0, 16, 0, 300], 4, 320)
+    assert rows == data.Rows(corpus, 4, 320)
+
+
+def test_modalities_of_one_codebook_have_the_same_ids():
+    shapes, codes = {"image": (8, 2, 2), "audio": (8, 1, 2), "video": (8, 4, 2)}, {
+        "image": 8, "audio": 5, "video": 8}
+    read_by = {"image": "image", "audio": "audio", "video": "image"}
+    layout = Tokenizer().layout(shapes, codes, read_by)
+    first = layout.text + len(data.SPECIAL)
+    assert layout.codes == ((first, first), (first, first + 8), (first + 8, first + 13),
+                            (first, first + 8)) and layout.size == first + 13
+    del shapes["image"], codes["image"]
+    layout = Tokenizer().layout(shapes, codes, read_by)
+    assert layout.codes[1:] == ((first, first), (first, first + 5), (first + 5, first + 13))
+    assert layout.size == first + 13
+    latents = Tokenizer().layout({"image": (8, 2, 2), "video": (8, 4, 2)}, {}, read_by)
+    assert latents.size == first
+
+
 @pytest.mark.parametrize("host", HEADS)
 def test_every_picture_stands_in_the_document_of_its_caption(host):
     corpus = captioned(500)
@@ -431,7 +482,7 @@ def test_a_text_longer_than_the_sequence_is_named():
                           [("text", "a very long caption " * 9), ("image", 0)]],
                          {"image": np.zeros((1, 1))})
     with pytest.raises(InputError, match="a very long caption .*--context"):
-        data.row_length(corpus, Tokenizer(), [0, 16, 0, 0], 96)
+        data.plan_rows(corpus, Tokenizer(), [0, 16, 0, 0], 4, 96)
 
 
 def test_no_text_of_the_shapes_corpus_names_a_held_out_pair(corpus):

@@ -5,17 +5,21 @@ import math
 import pytest
 import torch
 
+import naive
 import small
 from adapter import load
 
-machine, mot = load("machine"), load("mot")
+data, machine, mot = load("data"), load("machine"), load("mot")
 
-IMAGE, AUDIO = 1, 2
+IMAGE, AUDIO, VIDEO = KINDS = 1, 2, 3
 EVERY = (0, 1, 2, 3)
 PROMPTS = [[("text", "ab"), ("image", None)], [("audio", None)], [],
-           [("image", 1), ("text", "what"), ("audio", 2), ("image", None)]]
+           [("image", 1), ("text", "what"), ("audio", 2), ("image", None)],
+           [("audio", 1), ("video", 1), ("text", "x"), ("video", None)]]
 TEXT = [[[("text", "only words")], [("text", "here")]], [[("text", "and here")]]]
 PICTURES = [[[("text", "a"), ("image", 0)]], [[("image", 2), ("text", "bc")]]]
+CLIPS = [[[("text", "a"), ("video", 0)]], [[("video", 2), ("text", "bc")]]]
+SCORED = [[[("text", "a"), ("video", 0), ("audio", 1)]], [[("audio", 2)]]]
 
 both = pytest.mark.parametrize("setting", small.SETTINGS)
 
@@ -42,7 +46,8 @@ def losses(model, batch):
 
 # --- the idea ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("towers", [(0, 1, 2, 3), (0, 1, 1, 1), (0, 1, 2, 2), (0, 0, 0, 0)])
+@pytest.mark.parametrize("towers", [(0, 1, 2, 3), (0, 1, 1, 1), (0, 1, 2, 2), (0, 1, 2, 1),
+                                    (0, 0, 0, 0)])
 @pytest.mark.parametrize("sizes", [(5, 3, 2, 1), (4, 0, 2, 0), (0, 3, 0, 0)])
 def test_untied_against_a_loop_over_positions(towers, sizes):
     untied = small.randomise(mot.Untied(torch.nn.Linear(6, 4), towers))
@@ -82,7 +87,7 @@ def test_permute_is_indexing_and_has_its_gradient():
 # --- MoT with copied weights is the dense model --------------------------------------------------
 
 @both
-@pytest.mark.parametrize("spans", [None, [0, 6, 3, 0]], ids=["as many as there are", "padded"])
+@pytest.mark.parametrize("spans", [None, small.PADDED], ids=["as many as there are", "padded"])
 def test_with_copied_weights_it_is_the_dense_model(setting, spans):
     dense, mixture = pair(setting)
     batch = small.pack(setting, spans=spans)
@@ -118,7 +123,8 @@ def test_with_copied_weights_it_generates_what_the_dense_model_does(setting):
     results = []
     for model in (dense, mixture):
         torch.manual_seed(0)
-        results.append(model.generate(small.prompts(setting, PROMPTS), 40, guidance=2.0, **options))
+        prompt = small.prompts(setting, PROMPTS + small.CROSSING)
+        results.append(model.generate(prompt, 40, guidance=2.0, **options))
     (tokens, latents), (same, others) = results
     assert torch.equal(tokens, same)
     for x, y in zip(latents, others):
@@ -135,7 +141,7 @@ def test_an_untrained_mixture_is_the_dense_host_untrained(setting):
 
 @both
 def test_it_costs_the_flops_of_the_dense_model_forward_and_backward(setting):
-    batch, flops = small.pack(setting, spans=[0, 6, 3, 0]), []
+    batch, flops = small.pack(setting, spans=small.PADDED), []
     for model in (small.model(setting), small.model(setting, EVERY)):
         counts = []
         with machine.count_flops() as counter:
@@ -151,16 +157,18 @@ def test_it_costs_the_flops_of_the_dense_model_forward_and_backward(setting):
 
 @both
 @pytest.mark.parametrize("rows, present", [(TEXT, {0}), (PICTURES, {0, IMAGE}),
-                                           (small.ROWS, {0, IMAGE, AUDIO})])
+                                           (CLIPS, {0, VIDEO}), (SCORED, {0, AUDIO, VIDEO}),
+                                           (small.ROWS, {0, IMAGE, AUDIO, VIDEO})])
 def test_a_tower_gets_a_gradient_if_and_only_if_its_modality_is_in_the_batch(
         setting, rows, present):
     model = small.model(setting, EVERY)
     losses(model, small.pack(setting, rows))["loss"].backward()
     for name, parameter in model.named_parameters():
         part, tower = towers_of(name)
-        if tower is not None:
-            has_gradient = parameter.grad is not None and bool(parameter.grad.any())
-            assert has_gradient == (tower in present), name
+        if tower in present:
+            assert parameter.grad.any(), name
+        elif tower is not None:     # not even zeros, from which AdamW would take a step
+            assert parameter.grad is None, name
 
 
 def scramble(model, tower):
@@ -174,7 +182,7 @@ def scramble(model, tower):
 def test_another_modalitys_tower_changes_nothing_for_text_alone(setting):
     model, batch = small.model(setting, EVERY), small.pack(setting, TEXT)
     before = losses(model, batch)
-    for tower in (IMAGE, AUDIO):
+    for tower in KINDS:
         scramble(model, tower)
     after = losses(model, batch)
     for name in before:         # nan: of the pictures that are not there
@@ -182,30 +190,34 @@ def test_another_modalitys_tower_changes_nothing_for_text_alone(setting):
 
 
 @both
-def test_the_image_tower_changes_images_and_what_sees_them_and_nothing_else(setting):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tower_changes_its_modality_and_what_sees_it_and_nothing_else(setting, kind):
     model, batch = small.model(setting, EVERY), small.pack(setting)
     before = small.hidden(model, batch)
-    scramble(model, IMAGE)
-    changed = (small.hidden(model, batch) != before).any(-1)
-    for b in range(2):
-        for i in range(36):
-            sees_image = any(batch.modality[b, j] == IMAGE
-                             and batch.document[b, j] == batch.document[b, i] > 0
-                             and (j <= i or batch.modality[b, i] == IMAGE)
-                             for j in range(36))
-            if batch.document[b, i]:
-                assert changed[b, i] == sees_image, (b, i)
+    scramble(model, kind)
+    changed, real = (small.hidden(model, batch) != before).any(-1), batch.document > 0
+    seen = small.reaches(batch, whole_spans=setting == "transfusion")
+    expected = (seen & (batch.modality == kind)[:, None]).any(-1)
+    assert torch.equal(changed[real], expected[real])
+    assert 0 < expected[real].sum() < real.sum()
 
 
 @both
-def test_attention_is_global_words_hear_of_the_picture_and_it_of_them(setting):
-    model = small.model(setting, EVERY)
-    one = small.pack(setting, [[[("text", "a"), ("image", 0), ("text", "b")]]])
-    word = small.pack(setting, [[[("text", "z"), ("image", 0), ("text", "b")]]])
-    picture = small.pack(setting, [[[("text", "a"), ("image", 1), ("text", "b")]]])
-    hidden = [small.hidden(model, batch)[0, :10] for batch in (one, word, picture)]
-    assert (hidden[0] != hidden[1])[3:7].any(-1).all()      # the word changes the picture
-    assert (hidden[0] != hidden[2])[8:].any(-1).all()       # the picture changes what follows
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_global_words_hear_of_a_span_and_it_of_them(setting, kind):
+    model, name, n = small.model(setting, EVERY), data.MODALITIES[kind], small.POSITIONS[kind]
+    one = small.pack(setting, [[[("text", "a"), (name, 0), ("text", "b")]]])
+    word = small.pack(setting, [[[("text", "z"), (name, 0), ("text", "b")]]])
+    other = small.pack(setting, [[[("text", "a"), (name, 1), ("text", "b")]]])
+    hidden = [small.hidden(model, batch)[0, :n + 6] for batch in (one, word, other)]
+    assert (hidden[0] != hidden[1])[3:3 + n].any(-1).all()      # the word changes the span
+    assert (hidden[0] != hidden[2])[4 + n:].any(-1).all()       # the span changes what follows
+
+
+@both
+@pytest.mark.parametrize("towers", [EVERY, (0, 1, 2, 1)])
+def test_it_draws_each_modality_after_each_as_by_a_loop_without_a_cache(setting, towers):
+    naive.check_crossing(setting, small.model(setting, towers))
 
 
 # --- towers and what is untied -------------------------------------------------------------------
@@ -213,7 +225,8 @@ def test_attention_is_global_words_hear_of_the_picture_and_it_of_them(setting):
 @both
 def test_towers_may_be_shared(setting):
     dense = small.model(setting)
-    for towers, copies in ((EVERY, 3), ((0, 1, 1, 1), 2), ((0, 0, 0, 0), 1)):
+    for towers, copies in ((EVERY, 4), ((0, 1, 2, 1), 3), ((0, 1, 2, 2), 3), ((0, 1, 1, 1), 2),
+                           ((0, 0, 0, 0), 1)):
         model = small.model(setting, towers)
         numbers = {towers_of(name)[1] for name, _ in model.named_parameters()} - {None}
         assert numbers == set(range(copies))
@@ -222,6 +235,52 @@ def test_towers_may_be_shared(setting):
             count[towers_of(name)[1]] += parameter.numel()
         assert len(set(count[number] for number in range(copies))) == 1
         assert count[None] + count[0] == sum(p.numel() for p in dense.parameters())
+
+
+@both
+@pytest.mark.parametrize("towers, expected", [((0, 1, 2, 1), [True, False, True]),
+                                              ((0, 1, 2, 2), [False, True, True]),
+                                              (EVERY, [False, False, True])])
+def test_modalities_that_share_a_tower_are_changed_together(setting, towers, expected):
+    """Scrambling the tower of clips changes pictures, sounds and clips alone: who is changed."""
+    model = small.model(setting, towers)
+    batches = [small.pack(setting, [[[(name, 0)]]]) for name in data.MODALITIES[1:]]
+    before = [small.hidden(model, batch) for batch in batches]
+    scramble(model, towers[VIDEO])
+    found = [not torch.equal(small.hidden(model, batch), x) for batch, x in zip(batches, before)]
+    assert found == expected
+
+
+@both
+@pytest.mark.parametrize("names, towers, of_kind", [
+    ((), EVERY, [0, 0, 0, 0]), (("image",), EVERY, [0, 1, 0, 0]), (("video",), EVERY, [0, 0, 0, 1]),
+    (("image", "video"), EVERY, [0, 1, 0, 2]), (("audio", "video"), (0, 1, 2, 1), [0, 0, 2, 1]),
+    (("image", "audio"), EVERY, [0, 1, 2, 0]), (("video",), (0, 1, 2, 0), [0, 0, 0, 0])])
+def test_a_layout_may_lack_modalities_and_their_towers_are_left_out(
+        setting, names, towers, of_kind):
+    layout = small.layout_of(setting, names)
+    rows = [[[("text", "go"), *((name, n) for name in names)] for n in range(2)],
+            [[(name, 2), ("text", "x")] for name in names]]
+    batch = small.pack(setting, rows, layout=layout)
+    dense = small.randomise(small.untrained(setting, layout=layout))
+    mixture = small.randomise(small.untrained(setting, towers, layout))
+    numbers = {towers_of(name)[1] for name, _ in mixture.named_parameters()} - {None}
+    assert numbers == set(of_kind)
+    own = [kind for kind in range(4) if kind == 0 or data.MODALITIES[kind] in names]
+    for module in mixture.modules():
+        if isinstance(module, mot.Untied):
+            assert [module.towers[kind] for kind in own] == [of_kind[kind] for kind in own]
+    with torch.no_grad():
+        mixture.head.weight[layout.eos] = 0         # rows are full, one after another
+    naive.check(setting, mixture, [[("text", "ab")], [("text", "abcdef")], [],
+                                   *([(name, None)] for name in names)])
+    mixture.copy_from_dense(dense)
+    expected, found = losses(dense, batch), losses(mixture, batch)
+    assert expected.keys() == found.keys() and expected["loss"].isfinite()
+    assert set(expected) & set(data.MODALITIES) == {"text", *names}
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5,
+                                   equal_nan=True)
 
 
 @both
@@ -261,12 +320,12 @@ def test_only_non_embedding_weights_are_untied(setting):
 
 @both
 def test_one_batch_is_memorised(setting):
-    batch = small.pack(setting, spans=[0, 6, 3, 0])
+    batch = small.pack(setting, spans=small.PADDED)
     loss, parts = small.memorise(small.untrained(setting, EVERY), batch)
     if setting == "chameleon":
         assert loss < small.floor(small.ROWS, batch.targets >= 0) + 0.01
         return
     from_text = (batch.targets >= 0) & (batch.modality == 0)
     assert parts["text"] < small.floor(small.ROWS, from_text) + 0.01
-    assert parts["image"] < 0.02 and parts["audio"] < 0.02
+    assert max(parts[data.MODALITIES[kind]] for kind in KINDS) < 0.02
     assert math.isfinite(loss)
