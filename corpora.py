@@ -125,6 +125,8 @@ def toy_corpus(name, rng, examples=0, size=32):
         stories_documents(table, count if name == "stories" else count // 5)
     if name == "all":
         crossing_documents(table, count // 30)
+    if len(table.documents) < 2:
+        raise InputError(f"--examples {count}: too few to train on {name}")
     return table.corpus()
 
 

@@ -269,8 +269,10 @@ def arguments():
 
 def main():
     args = arguments()
-    given = [(name, getattr(args, name)) for name in SUFFIX if getattr(args, name)]
+    given = [(name, getattr(args, name)) for name in SUFFIX if getattr(args, name) is not None]
     given += [("text", args.prompt)] * bool(args.prompt)
+    if args.to and not given:
+        raise InputError("--to says what follows a prompt or a file: give one")
     if len(given) > 1:
         raise InputError("give one thing to go on from: a prompt, --image, --audio or --video")
     if args.out and (not os.path.isdir(Path(args.out).parent) or os.path.isdir(args.out)):
@@ -289,7 +291,10 @@ def main():
         print(made)
         return args.out and write(args.out, lambda text, path:
                                   path.write_text(text + "\n", encoding="utf-8"), made)
-    write(args.out or "sample" + SUFFIX[kind], SAVE[kind], made)
+    out = Path(args.out or "sample" + SUFFIX[kind])
+    if kind != "image" and out.suffix.lower() != SUFFIX[kind]:
+        raise InputError(f'--out: "{out}" would hold a {SUFFIX[kind]} file: name it so')
+    write(out, SAVE[kind], made)
 
 
 def answer(system, segment, kind, settings):

@@ -92,7 +92,8 @@ def draw_signal(axis, name, signal, title=""):
         wave.plot(np.asarray(signal[0]), linewidth=0.3, color="black")
         wave.set_xlim(0, signal.shape[-1])
         wave.set_ylim(-0.6, 0.6)
-        sound.imshow(spectrum(torch.as_tensor(signal)[None])[0, 0], origin="lower", aspect="auto",
+        picture = spectrum(torch.as_tensor(signal)[None])[0, 0].numpy()
+        sound.imshow(picture, origin="lower", aspect="auto",
                      cmap="magma", vmin=-1, vmax=1, interpolation="nearest")
         for inset in (wave, sound):
             inset.set_xticks([])
@@ -204,7 +205,8 @@ def reconstructions(signals, rebuilt, out, title):
             axis.set_xticks([])
             axis.set_yticks([])
             if len(signal) == 1:
-                axis.imshow(signal[0], origin="lower", aspect="auto", cmap="magma", vmin=-1, vmax=1)
+                axis.imshow(np.asarray(signal[0]), origin="lower", aspect="auto", cmap="magma",
+                            vmin=-1, vmax=1)
             else:
                 axis.imshow(to_bytes(signal).transpose(1, 2, 0), interpolation="nearest")
     _finish(figure, out, title)

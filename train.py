@@ -239,15 +239,16 @@ def load_data(config):
 def train_vqvae(config, model_options):
     """python train.py vqvae: an autoencoder of pictures and frames, or one of sounds, or both."""
     device, bottleneck = pick_device(config.device), model_options.get("bottleneck", "vq")
-    if config.out:
-        check_folder(Path(config.out), "vqvae", bottleneck)
+    if config.data == "stories":
+        raise InputError("--data stories: words alone need no autoencoder")
     name, corpus, held_out = load_data(config)
     kinds = sorted({READ_BY[modality] for modality in corpus.signals})
-    if not kinds:
-        raise InputError(f"--data {name}: words alone need no autoencoder")
-    for kind in kinds:
+    outs = {kind: config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
+            for kind in kinds}
+    for out in filter(None, outs.values()):
+        check_folder(Path(out), "vqvae", bottleneck)
+    for kind, out in outs.items():
         model_config = autoencoder_config(kind, config, **{"bottleneck": "vq", **model_options})
-        out = config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
         _, folder = train_autoencoder(kind, corpus, held_out, model_config,
                                       with_presets(config, f"vqvae-{bottleneck}",
                                                    f"vqvae-{bottleneck} {kind}"), device, name, out)

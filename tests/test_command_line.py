@@ -151,6 +151,9 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--towers", "0,1,2,4"], "0,1,2,4"), (["chameleon", "--towers", "0,0,0,0"], "--towers"),
     (["mot", "--data", "motion", "--picture-size", "64"], "--picture-size"),
     (["vqvae", "--data", "stories", "--examples", "9"], "words"),
+    (["mot", "--data", "all", "--examples", "1"], "--examples"),
+    (["vqvae", "--towers", "0,1,2,3"], "--towers"), (["vqvae", "--ema", "0.5"], "--ema"),
+    (["chameleon", "--setting", "chameleon"], "--setting"),
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
     # a folder and few steps matter only where a bad option is let through
@@ -318,7 +321,10 @@ def test_what_sample_cannot_do_is_named(runs, capsys, monkeypatch, argv, named):
     (["mot", "--audio", "mixed/0.png"], "0.png"), (["mot", "--video", "mixed/0.wav"], "0.wav"),
     (["mot", "--audio", "mixed/0.wav", "--to", "video", "--out", "gone/clip.gif"], "gone"),
     (["chameleon", "a prompt", "--to", "audio", "--out", "gone/sound.wav"], "gone"),
-    (["mot", "a prompt", "--to", "smell"], "smell"),
+    (["mot", "a prompt", "--to", "smell"], "smell"), (["mot", "--to", "audio"], "--to"),
+    (["mot", "a prompt", "--to", "audio", "--out", "a.mp3"], "a.mp3"),
+    (["mot", "a prompt", "--to", "video", "--out", "a.mp4"], "a.mp4"),
+    (["mot", "--audio", ""], "sound"),
 ])
 def test_what_sample_cannot_do_with_sounds_and_clips_is_named(
         mixed, capsys, monkeypatch, argv, named):
@@ -596,6 +602,13 @@ def test_vqvae_trains_an_autoencoder_of_each_kind_that_a_folder_needs(mixed, mon
         assert 0 < report["codes_used"] <= 1 <= report["perplexity"] <= 512
         config = sample.load_autoencoder(sample.load_checkpoint(run)["autoencoder"]).config
         assert config.channels == (1 if kind == "audio" else 3)
+
+
+def test_vqvae_does_not_overwrite_another_run_in_a_folder_of_a_kind(mixed, runs, capsys, tmp_path):
+    (tmp_path / "audio").mkdir()
+    shutil.copy(runs / "mot" / "checkpoint.pt", tmp_path / "audio")
+    assert "audio" in refused(capsys, train.main, "vqvae", "--data", mixed / "mixed", "--out",
+                              tmp_path, "--steps", 1, place=tmp_path)
 
 
 def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
