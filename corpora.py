@@ -111,16 +111,16 @@ def sound_of(clip):
 def toy_corpus(name, rng, examples=0, size=32):
     """shapes, tones, motion, stories or all -> Corpus.
 
-    examples: signals to draw, or stories to tell; in `all` both, of pictures the most, since they
-    take most practice. size: pixels of a picture's side.
+    examples: signals to draw, or stories to tell; in `all` both, most of what takes most practice.
+    size: pixels of a picture's side.
     """
     table, count = Table(rng, size), examples or EXAMPLES[name]
     if name in ("shapes", "all"):
         shapes_documents(table, count if name == "shapes" else count // 2)
     if name in ("tones", "all"):
-        pair_documents(table, "audio", count if name == "tones" else count // 6)
+        pair_documents(table, "audio", count if name == "tones" else count // 12)
     if name in ("motion", "all"):
-        pair_documents(table, "video", count if name == "motion" else count // 10)
+        pair_documents(table, "video", count if name == "motion" else count // 5)
     if name in ("stories", "all"):
         stories_documents(table, count if name == "stories" else count // 5)
     if name == "all":

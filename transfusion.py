@@ -277,9 +277,7 @@ class Transfusion(nn.Module):
         noisy, velocities, times = [None] * 4, [None] * 4, [None] * 4
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
-                # the frames of a clip are alike, so it takes more noise to hide what they show
-                mean = self.config.time_mean + 0.5 * math.log(self.layout.frames[kind])
-                t = sample_times(len(x_0), mean, self.config.time_std, x_0.device)
+                t = sample_times(len(x_0), self.config.time_mean, self.config.time_std, x_0.device)
                 # a picture that its words describe is seen less noised; in evaluation, as it is
                 limit = self.config.shown_limit if self.training else 0.0
                 t = torch.where(batch.shown[kind], t * limit, t)

@@ -1,5 +1,8 @@
 """train.py and sample.py: what they refuse, in one sentence; what they write; that runs repeat."""
 
+import contextlib
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -701,3 +704,28 @@ def test_looking_at_samples_does_not_change_the_training(runs, monkeypatch):
     monkeypatch.setattr(show, "sheet", lambda *arguments, **options: torch.rand(1))
     call(train.main, "transfusion", "--data", "pictures", "--out", "blind", "--steps", 3, *BRIEF)
     assert losses(runs / "blind") == losses(runs / "transfusion")
+
+
+@pytest.mark.skipif(not machine.compiler_exists(torch.device("cpu")), reason="no compiler")
+def test_compiled_training_is_that_of_the_plain_code_and_compiling_leaves_no_trace(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "precision", lambda device: contextlib.nullcontext())     # fp32
+    plain, compiled = (small_trainer("chameleon", tmp_path, seed=0) for _ in range(2))
+    compiled.compiled = True            # in evaluation, as here, Chameleon's loss has no chance
+    compiled.config = plain.config = dataclasses.replace(plain.config, steps=trainer.PAYS)
+    torch.manual_seed(1)
+    before, state = torch.get_rng_state(), copy.deepcopy(compiled.batches.state)
+    compiled.compile()
+    assert compiled.loss is not compiled.model.loss and plain.loss == plain.model.loss
+    assert torch.equal(torch.get_rng_state(), before) and compiled.batches.state == state
+    assert all(p.grad is None for p in compiled.parameters)
+    for _ in range(3):
+        found, expected = compiled.train_step(), plain.train_step()
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_short_run_is_not_compiled(tmp_path):
+    run = small_trainer("transfusion", tmp_path, seed=0)
+    run.compiled = True
+    run.compile()
+    assert run.loss == run.model.loss
