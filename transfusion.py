@@ -216,12 +216,13 @@ class Transfusion(nn.Module):
         self.patch_in, self.patch_out = nn.ModuleDict(), nn.ModuleDict()
         self.patch_place, self.frame_place = nn.ParameterDict(), nn.ParameterDict()
         for kind, shape in enumerate(layout.shapes):
-            if shape:       # frames of a clip are patches of pictures: one table for both
-                P, frames = shape[0] * config.patch ** 2, layout.frames[kind]
-                reader = str(layout.reader[kind])
-                self.patch_in[reader], self.patch_out[reader] = nn.Linear(P, D), nn.Linear(D, P)
-                self.patch_place[reader] = torch.zeros(self.positions(kind) // frames, D)
+            if shape:
+                frames, reader = layout.frames[kind], str(layout.reader[kind])
                 self.frame_place[str(kind)] = torch.zeros(frames, 1, D)
+                if reader not in self.patch_in:     # a clip's frames share those of pictures
+                    P = shape[0] * config.patch ** 2
+                    self.patch_in[reader], self.patch_out[reader] = nn.Linear(P, D), nn.Linear(D, P)
+                    self.patch_place[reader] = torch.zeros(self.positions(kind) // frames, D)
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
