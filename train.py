@@ -49,16 +49,16 @@ class TrainConfig:
     data: str = "shapes"            # shapes, tones, motion, stories, all; or a folder of your files
     setting: str = "transfusion"    # the host of mot: transfusion or chameleon
     out: str = ""                   # the run's folder (default: runs/ and the run's name)
-    steps: int = 0                  # training steps (default: the architecture's own, see PRESETS)
-    batch_size: int = 0             # packed rows a step; pictures for vqvae (default: see PRESETS)
+    steps: int = 0                  # training steps (on other data than shapes: see PRESETS)
+    batch_size: int = 0             # packed rows a step; of vqvae, pictures (other data: PRESETS)
     context: int = 0                # positions of a row (default: the shortest that pack well)
     picture_size: int = 32          # pixels of a side; a multiple of 8
     size: str = "tiny"              # of the model: tiny, small or base
-    examples: int = 0               # signals of a toy world, to train on (default: see EXAMPLES)
+    examples: int = 0               # of a toy world, to train on (default: EXAMPLES in corpora.py)
     towers: str = "0,1,2,3"         # mot's, of text, image, audio, video; equal ones share weights
     seed: int = 0                   # of everything random
     device: str = "auto"            # auto, cpu, cuda or mps
-    lr: float = 0.0                 # peak learning rate (default: see PRESETS)
+    lr: float = 0.0                 # peak learning rate
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
     weight_decay: float = 0.01      # of AdamW
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
@@ -416,7 +416,8 @@ def arguments(argv):
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arch", choices=names, help="what to train")
-    groups = {"training": TrainConfig}
+    groups, preset = {"training": TrainConfig}, setting if arch == "mot" else arch
+    preset = "vqvae-vq" if arch == "vqvae" else preset
     if arch:
         groups["model"] = VQVAEConfig if arch == "vqvae" else MODELS.get(
             (arch, setting if arch == "mot" else arch), (0, TransfusionConfig))[1]
@@ -425,7 +426,8 @@ def arguments(argv):
         for name, kind, default, text in options_of(config_class):
             if title == "training" and name in WITHOUT_EFFECT.get(arch, ()):
                 continue
-            shown = f" [{default}]" if default not in ("", 0, 0.0) else ""
+            default = default or PRESETS.get(preset, {}).get(name)
+            shown = f" [{default}]" if default else ""
             group.add_argument("--" + name.replace("_", "-"), type=kind,
                                metavar=kind.__name__.upper(),
                                help=text.replace("%", "%%") + shown)
