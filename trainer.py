@@ -99,13 +99,15 @@ class Trainer:
                 self.seconds += time.time() - start
                 bar.update()
                 saving = save and time.time() - last_save > 60
-                if saving or self.step % self.log_every == 0 or self.step == self.config.steps:
+                logging = self.step % self.log_every == 0 or self.step == self.config.steps
+                if saving or logging:
                     row = mean_of(recent)
-                    recent = []
                     if not math.isfinite(row["loss"]):      # found before anything is saved
                         raise InputError(f"the loss is {row['loss']} at step {self.step}: "
                                          f"try a lower --lr (it was {self.config.lr}); "
                                          "the last checkpoint is kept")
+                if logging:
+                    recent = []
                     log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
