@@ -299,16 +299,22 @@ class Batches:
         groups = {}
         for document in corpus.documents:
             spans = tuple(sum(name == kind for name, _ in document) for kind in MODALITIES)
-            groups.setdefault((0, *spans[1:]), []).append(tokenize(document, tokenizer))
+            makeup = int(not any(spans[1:])), *spans[1:]    # words alone count as a kind, too
+            groups.setdefault(makeup, []).append(tokenize(document, tokenizer))
         self.makeups = sorted(groups)                   # by make-up, how many spans of each kind
         self.documents = [groups[makeup] for makeup in self.makeups]
         self.shares = np.cumsum([len(group) for group in self.documents]) / len(corpus.documents)
         self.shares[-1] = 1.0
-        self.orders, self.spans, self.state = {}, None, self.start()
+        self.orders, self.spans, self.most, self.state = {}, None, None, self.start()
         trials = [document for _ in range(16) for row in self.fill() for document in row]
-        held = [sum(kind and m == kind for document in trials for m, _ in document) / 16
-                for kind in range(len(MODALITIES))]
-        self.spans = [max(math.floor(count), int(count > 0)) for count in held]     # in every batch
+        filled = sum(measure(document, positions) for document in trials) / 16
+        lengths = [measure(document, positions) for group in self.documents for document in group]
+        count = filled / np.mean(lengths)           # documents of a batch, in the corpus's shares
+        means = count * np.average(self.makeups, axis=0, weights=list(map(len, self.documents)))
+        self.most = [math.ceil(mean) for mean in means]     # words alone, then spans of each kind
+        self.spans = [0, *self.most[1:]]
+        if not any(self.spans):             # then there is nothing to keep room for
+            self.most[0] = rows * length
         if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
             raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
                              "a span of each modality; raise it, or --context")
@@ -349,7 +355,7 @@ class Batches:
         """Rows of documents, each where it leaves least room, up to `spans`; the others wait."""
         rng = np.random.default_rng((self.seed, self.state["batch"]))
         drawn, held = list(self.state["drawn"]), [list(queue) for queue in self.state["held"]]
-        free, wanted = [self.length] * self.rows, list(self.spans or [10 ** 9] * len(MODALITIES))
+        free, wanted = [self.length] * self.rows, list(self.most or [10 ** 9] * len(MODALITIES))
         total, rows, misses = self.rows * self.length, [[] for _ in range(self.rows)], 0
         while misses < self.TRIES:
             makeup = int(np.searchsorted(self.shares, rng.random(), side="right"))
