@@ -168,3 +168,15 @@ def floor(rows, counted):
     """The least mean over the counted targets: which document follows <bos> cannot be known."""
     documents = sum(len(row) for row in rows)
     return documents * math.log(documents) / int(counted.sum())
+
+
+def turned(x, positions, theta):
+    """RoPE of one head x (S, h), by loops: the pair (i, i + h/2) turns by p theta^(-2i/h)."""
+    x, half = x.tolist(), x.shape[1] // 2
+    out = torch.zeros(len(x), 2 * half, dtype=torch.float64)
+    for s, position in enumerate(positions.tolist()):
+        for i in range(half):
+            a, b, angle = x[s][i], x[s][i + half], position * theta ** (-2 * i / (2 * half))
+            out[s, i] = a * math.cos(angle) - b * math.sin(angle)
+            out[s, i + half] = a * math.sin(angle) + b * math.cos(angle)
+    return out

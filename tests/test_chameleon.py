@@ -127,48 +127,6 @@ def test_choose_is_greedy_at_zero_and_else_samples_by_the_softmax():
         assert not (chosen == 2).any()
 
 
-def turned(x, positions, theta):
-    """RoPE of one head x (S, h), by loops: the pair (i, i + h/2) turns by p theta^(-2i/h)."""
-    x, half = x.tolist(), x.shape[1] // 2
-    out = torch.zeros(len(x), 2 * half, dtype=torch.float64)
-    for s, position in enumerate(positions.tolist()):
-        for i in range(half):
-            a, b, angle = x[s][i], x[s][i + half], position * theta ** (-2 * i / (2 * half))
-            out[s, i] = a * math.cos(angle) - b * math.sin(angle)
-            out[s, i + half] = a * math.sin(angle) + b * math.cos(angle)
-    return out
-
-
-@pytest.mark.parametrize("theta", [10_000.0, 50.0])
-@pytest.mark.parametrize("positions", [[[0, 1, 2, 3]], [[7, 8, 9, 10], [90, 3, 3, 0]]],
-                         ids=["one row for all", "a row each"])
-def test_rotary_and_rotate_against_a_loop_over_pairs(theta, positions):
-    x, positions = torch.randn(2, 4, 3, 10), torch.tensor(positions)
-    rope = chameleon.rotary(positions, 10, theta)
-    assert [part.shape for part in rope] == [(len(positions), 4, 1, 5)] * 2
-    found = chameleon.rotate(x, rope)
-    for b in range(2):
-        for head in range(3):
-            expected = turned(x[b, :, head], positions.expand(2, 4)[b], theta)
-            torch.testing.assert_close(found[b, :, head].double(), expected, rtol=0, atol=2e-5)
-
-
-def test_rotate_keeps_norms_and_products_depend_on_the_distance_alone():
-    q, k = torch.randn(2, 1, 1, 3, 16).expand(2, 1, 9, 3, 16)
-
-    def product(start_q, start_k):
-        turned = [chameleon.rotate(x, chameleon.rotary(start + torch.arange(9)[None], 16, 1e4))
-                  for x, start in ((q, start_q), (k, start_k))]
-        torch.testing.assert_close(turned[0].norm(dim=-1), q.norm(dim=-1))
-        return (turned[0] * turned[1]).sum(-1)
-
-    near = product(0, 5)
-    torch.testing.assert_close(near, near[:, :1].expand_as(near), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(near, product(70, 75), rtol=1e-4, atol=1e-4)
-    assert (near - product(0, 6)).abs().min() > 1e-2
-    torch.testing.assert_close(product(0, 0), (q * k).sum(-1))
-
-
 # --- who sees whom -------------------------------------------------------------------------------
 
 def test_what_stands_at_j_changes_what_follows_it_in_its_document_and_nothing_else(model):
@@ -225,7 +183,7 @@ def test_attention_by_hand_normalises_each_head_of_q_and_k_then_rotates_then_att
         for start in range(0, D, h):
             q, k, v = (x[b].double() @ weight["qkv.weight"][part + start:part + start + h].T
                        for part in (0, D, 2 * D))           # (S, h)
-            q, k = (turned(normalised(y, name), positions[b], 1e4)
+            q, k = (small.turned(normalised(y, name), positions[b], 1e4)
                     for y, name in ((q, "q_norm"), (k, "k_norm")))
             shares = (q @ k.T / h ** 0.5).masked_fill(~mask[b, 0], -math.inf).softmax(-1)
             heads[b, :, start:start + h] = shares @ v
