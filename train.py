@@ -70,7 +70,7 @@ class TrainConfig:
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
-           "transfusion": {"steps": 6000, "batch_size": 20, "lr": 4e-3},
+           "transfusion": {"steps": 6800, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 7},
