@@ -330,6 +330,12 @@ def run(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:            # a full disk, say
+        print(f"error: {error}; what was saved before is kept", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(stopped if stopped.args else "stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

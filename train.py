@@ -63,6 +63,7 @@ class TrainConfig:
     weight_decay: float = 0.01      # of AdamW
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
+    save_every: int = 1000          # steps from save to save, or a minute if that is less
     cases: int = 512                # held-out cases for each score
 
 
@@ -85,7 +86,7 @@ SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 7
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "autoencoder_steps"),
+                            "autoencoder_steps", "save_every"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -211,8 +212,17 @@ def check_folder(folder, arch, setting):
 
 def save_checkpoint(path, contents):
     """Written beside and renamed, so that a run that dies while saving leaves the old one whole."""
-    torch.save(contents, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    new = path.with_suffix(".new")
+    try:
+        with open(new, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())         # on the disk, before the old one goes
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:
+        new.unlink(missing_ok=True)
+        raise InputError(f'"{path}" cannot be written ({error}); the checkpoint before it, if '
+                         "there is one, is kept: go on from it with --resume") from None
 
 
 def packed(autoencoder):

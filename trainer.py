@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import re
+import signal
 import time
 from contextlib import nullcontext
 
@@ -37,6 +38,9 @@ class Trainer:
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
                                            weight_decay=config.weight_decay, fused=True)
+        # 1 once a loss was not finite: from then on, and without a wait, no step changes a weight
+        self.failed = torch.zeros((), device=device)
+        self.optimizer.found_inf = self.failed
         self.loss = model.loss
 
     def compile(self):
@@ -75,6 +79,7 @@ class Trainer:
             loss, parts = self.loss(batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.failed.copy_(self.failed + ~(loss.detach() + norm).isfinite() > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -87,10 +92,12 @@ class Trainer:
         return {"loss": loss.detach(), **parts, "gradient_norm": norm}
 
     def train(self, title, every=None, at_each=None, save=None):
-        """Run to the last step; `at_each()` every `every` steps, `save()` once a minute."""
+        """Run to the last step; `at_each()` every `every` steps, `save()` once a minute, and every
+        `save_every` steps. Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt.
+        """
         self.model.train()
         recent, last_save = [], time.time()
-        with (open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log,
+        with (open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log, Asked() as to_stop,
               tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
                    mininterval=1, dynamic_ncols=True) as bar):
             while self.step < self.config.steps:
@@ -98,16 +105,13 @@ class Trainer:
                 recent.append(self.train_step())
                 self.seconds += time.time() - start
                 bar.update()
-                saving = save and time.time() - last_save > 60
+                saving = save and (to_stop or time.time() - last_save > 60
+                                   or self.step % self.config.save_every == 0)
                 logging = self.step % self.log_every == 0 or self.step == self.config.steps
-                if saving or logging:
-                    row = mean_of(recent)
-                    if not math.isfinite(row["loss"]):      # found before anything is saved
-                        raise InputError(f"the loss is {row['loss']} at step {self.step}: "
-                                         f"try a lower --lr (it was {self.config.lr}); "
-                                         "the last checkpoint is kept")
+                if (saving or logging or to_stop) and self.failed:     # seen before it is saved
+                    self.explain(recent)
                 if logging:
-                    recent = []
+                    row, recent = mean_of(recent), []
                     log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
@@ -117,7 +121,22 @@ class Trainer:
                 if saving:
                     save()
                     last_save = time.time()
+                if to_stop:
+                    raise KeyboardInterrupt(f"stopped at step {self.step}; " + (
+                        "to go on, give the same command and --resume" if save else
+                        "nothing of it is kept: give the same command again"))
         self.model.eval()
+
+    def explain(self, rows):
+        """Raise InputError about the first of the last steps whose loss was not finite."""
+        for step, row in enumerate(rows, self.step - len(rows)):
+            if not (row["loss"] + row["gradient_norm"]).isfinite():
+                self.step = step
+                terms = [f"{name} {row[name].item():.3g}"
+                         for name in (*SHOWN, "gradient_norm") if name in row]
+                raise InputError(f"the loss is {row['loss'].item():.3g} at step {step + 1} "
+                                 f"({', '.join(terms)}), learning rate {self.learning_rate():.2g}: "
+                                 "try a lower --lr; the last checkpoint is kept")
 
     def state(self):
         """All that going on exactly needs."""
@@ -136,6 +155,31 @@ class Trainer:
         rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
                        encoding="utf-8")
+
+
+class Asked:
+    """Within it Ctrl-C and SIGTERM only ask to stop, so that a step is finished; twice is at once.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __bool__(self):
+        return self.asked
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is kept")
+        self.asked = True
 
 
 def mean_of(rows):
