@@ -118,11 +118,11 @@ def toy_corpus(name, rng, examples=0, size=32):
     if name in ("shapes", "all"):
         shapes_documents(table, count if name == "shapes" else count // 2)
     if name in ("tones", "all"):
-        pair_documents(table, "audio", count if name == "tones" else count // 12)
+        pair_documents(table, "audio", count if name == "tones" else count // 10)
     if name in ("motion", "all"):
         pair_documents(table, "video", count if name == "motion" else count // 5)
     if name in ("stories", "all"):
-        stories_documents(table, count if name == "stories" else count // 5)
+        stories_documents(table, count if name == "stories" else count // 10)
     if name == "all":
         crossing_documents(table, count // 30)
     if len(table.documents) < 2:

@@ -65,7 +65,7 @@ class Tokenizer:
         self.encode_word = functools.lru_cache(maxsize=100_000)(self._encode_word)
 
     @classmethod
-    def train(cls, texts, merges=256):
+    def train(cls, texts, merges=512):
         """Learn up to `merges` merges of the most frequent neighbours, never across words."""
         count = Counter(word for text in texts for word in split_words(text))
         words = {word: tuple(word.encode()) for word in count}

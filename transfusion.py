@@ -35,6 +35,7 @@ class TransfusionConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
+    tube: int = 2                   # of a clip, so many frames make one patch
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
@@ -79,18 +80,21 @@ def average(values, weights):
     return (values * weights).sum() / weights.sum()
 
 
-def patchify(latents, patch):
-    """(N, C, h, w) -> (N, positions, P): raster order of patches, each flattened."""
+def patchify(latents, patch, frames=1, tube=1):
+    """(N, C, frames * h, w) -> (N, positions, P): raster order of patches, each flattened.
+
+    A patch of a clip is `tube` frames long.
+    """
     N, C, h, w = latents.shape
-    x = latents.reshape(N, C, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * patch * patch)
+    x = latents.reshape(N, C, frames // tube, tube, h // frames // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(N, -1, C * tube * patch * patch)
 
 
-def unpatchify(patches, shape, patch):
-    """(N, positions, P) -> (N, C, h, w), the inverse of `patchify`; shape is (C, h, w)."""
+def unpatchify(patches, shape, patch, frames=1, tube=1):
+    """(N, positions, P) -> (N, C, frames * h, w), the inverse; shape is (C, frames * h, w)."""
     C, h, w = shape
-    x = patches.reshape(-1, h // patch, w // patch, C, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, C, h, w)
+    x = patches.reshape(-1, frames // tube, h // frames // patch, w // patch, C, tube, patch, patch)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, C, h, w)
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -214,15 +218,13 @@ class Transfusion(nn.Module):
         self.config, self.layout, D = config, layout, config.width
         self.token_embedding = nn.Embedding(layout.size, D)
         self.patch_in, self.patch_out = nn.ModuleDict(), nn.ModuleDict()
-        self.patch_place, self.frame_place = nn.ParameterDict(), nn.ParameterDict()
+        self.patch_place = nn.ParameterDict()
         for kind, shape in enumerate(layout.shapes):
             if shape:
-                frames, reader = layout.frames[kind], str(layout.reader[kind])
-                self.frame_place[str(kind)] = torch.zeros(frames, 1, D)
-                if reader not in self.patch_in:     # a clip's frames share those of pictures
-                    P = shape[0] * config.patch ** 2
-                    self.patch_in[reader], self.patch_out[reader] = nn.Linear(P, D), nn.Linear(D, P)
-                    self.patch_place[reader] = torch.zeros(self.positions(kind) // frames, D)
+                name, n = str(kind), self.positions(kind)
+                P = math.prod(shape) // n
+                self.patch_in[name], self.patch_out[name] = nn.Linear(P, D), nn.Linear(D, P)
+                self.patch_place[name] = torch.zeros(n, D)
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
@@ -239,7 +241,7 @@ class Transfusion(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-        for place in (*self.patch_place.values(), *self.frame_place.values()):
+        for place in self.patch_place.values():
             nn.init.normal_(place, std=0.5)
         for out in self.patch_out.values():
             nn.init.zeros_(out.weight)
@@ -247,7 +249,12 @@ class Transfusion(nn.Module):
     def positions(self, kind):
         """How many positions a span of this modality takes."""
         C, h, w = self.layout.shapes[kind]
-        return h * w // self.config.patch ** 2
+        return h * w // self.config.patch ** 2 // self.cut(kind)[2]
+
+    def cut(self, kind):
+        """How `patchify` cuts a span of this modality: patch side, frames, frames of a patch."""
+        frames = self.layout.frames[kind]
+        return self.config.patch, frames, min(self.config.tube, frames)
 
     def backbone(self, x, batch, rope, mask, cache=None):
         for block in self.blocks:
@@ -260,10 +267,8 @@ class Transfusion(nn.Module):
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
         for kind, (latents, t) in enumerate(zip(batch.signals, times)):
             if latents is not None:
-                reader = str(self.layout.reader[kind])
-                place = (self.patch_place[reader] + self.frame_place[str(kind)]).flatten(0, 1)
-                x = self.patch_in[reader](patchify(latents, self.config.patch))     # (spans, n, D)
-                x = x + place + self.time_embedding(t)[:, None]
+                x = self.patch_in[str(kind)](patchify(latents, *self.cut(kind)))    # (spans, n, D)
+                x = x + self.patch_place[str(kind)] + self.time_embedding(t)[:, None]
                 parts.append(x.flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
         mask = attention_mask(batch.span, batch.document)
@@ -294,9 +299,9 @@ class Transfusion(nn.Module):
         parts = {"text": loss.detach(), "text_accuracy": average(right, (targets >= 0).float())}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
-                patch_out = self.patch_out[str(self.layout.reader[kind])]
+                patch_out = self.patch_out[str(kind)]
                 predicted = patch_out(by_modality[kind]).float()
-                target = patchify(velocity, self.config.patch).flatten(0, 1)
+                target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
                 real = batch.real[kind]             # of a rare modality there may be none
                 mean = (error * real).sum() / real.sum().clamp(min=1)
@@ -412,9 +417,9 @@ class Transfusion(nn.Module):
 
     def velocity(self, prompt, cache, kind, x, t):
         hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
-        patch_out = self.patch_out[str(self.layout.reader[kind])]
+        patch_out = self.patch_out[str(kind)]
         patches = patch_out(hidden).float()                                     # (B, n, P)
-        return unpatchify(patches, self.layout.shapes[kind], self.config.patch)
+        return unpatchify(patches, self.layout.shapes[kind], *self.cut(kind))
 
 
 def choose(logits, temperature):

@@ -1,5 +1,5 @@
 """Small models and batches, the same for both hosts: pictures take 4 positions, sounds 2, clips 8
-(two frames of 4)."""
+(two frames of 4 codes; or four frames of latents, of which two make 4 patches)."""
 
 import math
 
@@ -14,12 +14,12 @@ SETTINGS = ("transfusion", "chameleon")
 POSITIONS = [0, 4, 2, 8]
 TOKENIZER = data.Tokenizer()
 SIZE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
-SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 8, 4)},  # 2 x 2 each
+SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 16, 4)}, # 2 x 2 each
           "chameleon": {"image": (2, 2, 2), "audio": (2, 1, 2), "video": (2, 4, 2)}}
 CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5, "video": 8}}
 READ_BY = {"image": "image", "audio": "audio", "video": "image"}   # two have the same codes
-FRAMES = {"video": 2}
-LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting], READ_BY, FRAMES)
+FRAMES = {"transfusion": {"video": 4}, "chameleon": {"video": 2}}
+LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting], READ_BY, FRAMES[setting])
           for setting in SETTINGS}
 
 # several spans and documents a row, of each modality a span that opens its document, and padding
@@ -50,7 +50,8 @@ def signals(setting, count=6):
 def layout_of(setting, names):
     """The layout of a model that knows, beside text, the modalities of these names alone."""
     return TOKENIZER.layout({name: SHAPES[setting][name] for name in names},
-                            {name: CODES[setting].get(name, 0) for name in names}, READ_BY, FRAMES)
+                            {name: CODES[setting].get(name, 0) for name in names}, READ_BY,
+                            FRAMES[setting])
 
 
 def pack(setting, rows=ROWS, spans=None, length=LENGTH, finished=True, table=None, layout=None):

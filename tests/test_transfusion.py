@@ -78,6 +78,18 @@ def test_patchify_cuts_in_raster_order_and_unpatchify_undoes_it():
     assert torch.equal(transfusion.unpatchify(patches, (5, 4, 6), 2), x)
 
 
+def test_a_patch_of_a_clip_is_some_frames_of_one_place():
+    frames = torch.randn(3, 4, 5, 4, 6)                                     # (N, frames, C, h, w)
+    clips = frames.transpose(1, 2).flatten(2, 3)                            # (N, C, frames * h, w)
+    patches = transfusion.patchify(clips, 2, frames=4, tube=2)
+    assert patches.shape == (3, 2 * 6, 2 * 20)
+    places = [(t, r, c) for t in (0, 2) for r in (0, 2) for c in (0, 2, 4)]
+    for n, (t, row, column) in enumerate(places):
+        tube = frames[:, t:t + 2, :, row:row + 2, column:column + 2]
+        assert torch.equal(patches[:, n], tube.transpose(1, 2).flatten(1))
+    assert torch.equal(transfusion.unpatchify(patches, (5, 16, 6), 2, frames=4, tube=2), clips)
+
+
 # --- who sees whom -------------------------------------------------------------------------------
 
 def perturbed(batch, b, j):
@@ -89,9 +101,10 @@ def perturbed(batch, b, j):
         return batch._replace(tokens=tokens)
     block = batch.order[sum(batch.sizes[:kind]):][:batch.sizes[kind]]
     place = (block == b * batch.tokens.shape[1] + j).nonzero().item()
-    patches = transfusion.patchify(batch.signals[kind], 2)
+    cut = 2, LAYOUT.frames[kind], min(2, LAYOUT.frames[kind])
+    patches = transfusion.patchify(batch.signals[kind], *cut)
     patches[divmod(place, small.POSITIONS[kind])] += 1
-    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], 2)
+    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], *cut)
     return batch._replace(signals=tuple(latents if k == kind else x
                                         for k, x in enumerate(batch.signals)))
 
@@ -183,15 +196,16 @@ def test_the_text_loss_against_a_loop_over_positions(model, by_hand):
 @pytest.mark.parametrize("off, expected", [(0.0, 0.0), (0.5, 0.25)])
 def test_a_velocity_that_is_off_by_c_costs_c_squared(model, by_hand, off, expected):
     class Exact(torch.nn.Module):
-        def __init__(self, kinds):
+        def __init__(self, kind):
             super().__init__()
-            self.places = iter([KINDS.index(kind) for kind in kinds])
+            self.kind = kind
 
         def forward(self, hidden):
-            return transfusion.patchify(by_hand[next(self.places)][3], 2).flatten(0, 1) + off
+            velocity = by_hand[KINDS.index(self.kind)][3]
+            return transfusion.patchify(velocity, *model.cut(self.kind)).flatten(0, 1) + off
 
-    # pictures and the frames of clips, in this order, go through one projection
-    model.patch_out["1"], model.patch_out["2"] = Exact([1, 3]), Exact([2])
+    for kind in KINDS:
+        model.patch_out[str(kind)] = Exact(kind)
     loss, parts = model.loss(pack(spans=small.PADDED))
     assert [parts[data.MODALITIES[kind]].item() for kind in KINDS] == [expected] * 3
     assert loss.item() == pytest.approx(parts["text"].item() + 3 * 5 * expected, rel=1e-6)
