@@ -472,6 +472,9 @@ def check(config, given):
     if config.picture_size // 4 % given.get("patch", 1):
         raise InputError(f"--patch is {given['patch']}; it must divide the latents' side of "
                          f"{config.picture_size // 4}")
+    if motion.FRAMES % given.get("tube", 1):
+        raise InputError(f"--tube is {given['tube']}; it must divide the {motion.FRAMES} frames of "
+                         "a clip")
 
 
 def main():

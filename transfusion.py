@@ -9,13 +9,14 @@ As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 
 timestep embedding added to each patch, loss = LM + 5 x diffusion, guidance, and a limit on the
 noise of an image that stands before its caption (Table 8).
 Instead of DDPM: flow matching (arXiv 2209.03003) with logit-normal times (SD3, arXiv 2403.03206).
-Added: a learned place for each patch. Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
+Added: a learned place for each patch; sounds (spectra), and clips, in patches of two frames.
+Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
     python transfusion.py           one real batch, taken apart: seconds, no training
     python train.py transfusion     train it: minutes on a laptop
 
 Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache,
-C latent channels, P values of one patch (2 * 2 * C). Masks: True = may attend.
+C latent channels, P values of one patch (2 * 2 * C; of a clip twice that). Masks: True = may attend.
 Time: t = 0 is data, t = 1 is noise.
 """
 
@@ -35,7 +36,7 @@ class TransfusionConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
-    tube: int = 2                   # of a clip, so many frames make one patch
+    tube: int = 2                   # frames of a clip that one patch spans
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
@@ -83,7 +84,7 @@ def average(values, weights):
 def patchify(latents, patch, frames=1, tube=1):
     """(N, C, frames * h, w) -> (N, positions, P): raster order of patches, each flattened.
 
-    A patch of a clip is `tube` frames long.
+    frames: of a clip, which stand one below the other; a patch spans `tube` of them.
     """
     N, C, h, w = latents.shape
     x = latents.reshape(N, C, frames // tube, tube, h // frames // patch, patch, w // patch, patch)
