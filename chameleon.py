@@ -246,21 +246,28 @@ class Chameleon(nn.Module):
         rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
         return self.backbone(x, batch, rope, mask, cache)
 
-    def loss(self, batch):
-        """Next-token cross-entropy over the whole stream, z-loss -> (scalar, {name: scalar})."""
+    def totals(self, batch):
+        """What the loss divides by: targets -> (1,)."""
+        return (batch.targets >= 0).sum()[None].float()
+
+    def loss(self, batch, totals=None):
+        """Next-token cross-entropy over the whole stream, z-loss -> (scalar, {name: scalar}).
+
+        totals: of a larger batch, of which this is a part; then the parts' losses add up to its.
+        """
         if self.training:
             batch = batch._replace(tokens=self.noisy(batch))
         logits = self.head(self(batch)).float().flatten(0, 1)                       # (B T, V)
         targets = batch.targets.flatten()
         counted = (targets >= 0).float()
         error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-        drift = average(z_loss(logits), counted)
-        loss = average(error, counted) + self.config.z_loss * drift
+        drift, totals = z_loss(logits), self.totals(batch) if totals is None else totals
+        loss = ((error + self.config.z_loss * drift) * counted).sum() / totals[0].clamp(min=1)
         said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         right = (said == logits.amax(-1)).float()       # an argmax is slower
         text = counted * (targets < self.layout.codes[0][0])
         parts = {"text": average(error.detach(), text), "text_accuracy": average(right, text),
-                 "log_z_squared": drift.detach()}
+                 "log_z_squared": average(drift.detach(), counted)}
         kinds = F.pad(batch.modality[:, 1:], (0, 1)).flatten()      # those of the targets
         for kind, name in enumerate(("text", "image", "audio", "video")):
             if kind and self.layout.shapes[kind]:

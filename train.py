@@ -51,6 +51,7 @@ class TrainConfig:
     out: str = ""                   # the run's folder (default: runs/ and the run's name)
     steps: int = 0                  # training steps (on other data than shapes: see PRESETS)
     batch_size: int = 0             # packed rows a step; of vqvae, pictures (other data: PRESETS)
+    accumulate: int = 1             # parts that a batch is computed in, for want of memory
     context: int = 0                # positions of a row (default: the shortest that pack well)
     picture_size: int = 32          # pixels of a side; a multiple of 8
     size: str = "tiny"              # of the model: tiny, small or base
@@ -86,7 +87,7 @@ SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 7
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "autoencoder_steps", "save_every"),
+                            "accumulate", "autoencoder_steps", "save_every"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -305,10 +306,8 @@ def train_transformer(arch, config, model_options, resume=False):
 
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
-        state = torch.get_rng_state()       # looking must not change what comes after
         show.sheet(system, folder / "progress" / f"step-{trainer.step:06d}.png",
                    f"{arch}, step {trainer.step}", held_out, told > 0, count=4)
-        torch.set_rng_state(state)
 
     def save():
         save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
@@ -345,10 +344,14 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     layout = layout_of(tokenizer, codecs_by(untrained))
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
-    state = torch.get_rng_state()
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
-    plans = plan_rows(corpus, tokenizer, positions, config.batch_size, config.context)
-    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0)
+    if config.batch_size % config.accumulate:
+        raise InputError(f"--accumulate {config.accumulate}: a batch of {config.batch_size} rows "
+                         "does not split so; change it, or --batch-size")
+    plans = plan_rows(corpus, tokenizer, positions, config.batch_size // config.accumulate,
+                      config.context)
+    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
+                               accumulate=1)
     trained, folders = {}, {}
     for kind in kinds:
         trained[kind], folder = train_autoencoder(
@@ -357,7 +360,6 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
         folders[kind] = folder.name
     codecs = codecs_by(trained)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
-    torch.set_rng_state(state)
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, positions, rows.count, rows.length,
                        config.seed) for rows in plans]
     batches = Alternate(streams) if len(streams) > 1 else streams[0]

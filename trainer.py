@@ -47,20 +47,18 @@ class Trainer:
         """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
         if not (self.compiled and self.config.steps >= PAYS and compiler_exists(self.device)):
             return
-        start, (state, tensors) = time.time(), (copy.deepcopy(getattr(self.batches, "state", None)),
-                                                torch.get_rng_state())
+        start, state = time.time(), copy.deepcopy(self.batches.state)
         try:
             self.loss = torch.compile(self.model.loss, dynamic=False)
             batch = next(self.batches).to(self.device)
             with precision(self.device):
-                self.loss(batch)[0].backward()
+                self.loss(batch, self.model.totals(batch))[0].backward()
             print(f"compiled in {time.time() - start:.0f} s", flush=True)
         except Exception as error:      # no working compiler: slower, not wrong
             self.loss = self.model.loss
             print(f"torch.compile failed ({type(error).__name__}); running without it", flush=True)
         self.optimizer.zero_grad()
-        self.batches.state = state      # the batch and the random numbers above never happened
-        torch.set_rng_state(tensors)
+        self.batches.state = state      # the batch above never happened
 
     def learning_rate(self):
         """Linear warm-up, then half a cosine down to a hundredth of the peak."""
@@ -70,16 +68,23 @@ class Trainer:
         return self.config.lr * min(1.0, (self.step + 1) / warmup) * fall
 
     def train_step(self):
-        """One step -> its losses, still on the device."""
+        """One step -> its losses, still on the device.
+
+        The batch is drawn and computed in `accumulate` parts, whose gradients add up to its own.
+        """
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = next(self.batches).to(self.device)
-        with precision(self.device):
-            loss, parts = self.loss(batch)
-        loss.backward()
+        batches = [next(self.batches).to(self.device) for _ in range(self.config.accumulate)]
+        totals, losses = sum(map(self.model.totals, batches)), []
+        for number, batch in enumerate(batches):
+            seed_everything(self.config.seed, self.step, number)
+            with precision(self.device):
+                losses.append(self.loss(batch, totals))
+            losses[-1][0].backward()
+        loss, parts = sum(loss.detach() for loss, _ in losses), merged([part for _, part in losses])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.failed.copy_(self.failed + ~(loss.detach() + norm).isfinite() > 0)
+        self.failed.copy_(self.failed + ~(loss + norm).isfinite() > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -89,7 +94,7 @@ class Trainer:
                                  list(self.model.parameters()), 1 - decay)
             for kept, buffer in zip(self.averaged.buffers(), self.model.buffers()):
                 kept.copy_(buffer)
-        return {"loss": loss.detach(), **parts, "gradient_norm": norm}
+        return {"loss": loss, **parts, "gradient_norm": norm}
 
     def train(self, title, every=None, at_each=None, save=None):
         """Run to the last step; `at_each()` every `every` steps, `save()` once a minute, and every
@@ -142,7 +147,7 @@ class Trainer:
         """All that going on exactly needs."""
         return {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict(),
                 "ema": self.averaged.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": torch.get_rng_state(), "stream": self.batches.state}
+                "stream": self.batches.state}
 
     def resume(self, saved):
         self.model.load_state_dict(saved["model"])
@@ -150,7 +155,6 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.batches.state = saved["stream"]
-        torch.set_rng_state(saved["rng"])
         log = self.out / "metrics.jsonl"        # rows that no checkpoint holds would come twice
         rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
@@ -180,6 +184,21 @@ class Asked:
         if self.asked:
             raise KeyboardInterrupt("stopped at once; the last checkpoint is kept")
         self.asked = True
+
+
+def seed_everything(*numbers):
+    """Noise is a function of seed, step and part, so that a run goes on exactly, wherever it was
+    stopped and whatever was drawn in between."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def merged(rows):
+    """Losses of the parts of a batch -> their means, still on the device."""
+    if len(rows) == 1:
+        return rows[0]
+    names = dict.fromkeys(name for row in rows for name in row)     # a part may lack a modality
+    return {name: torch.stack([row[name].float() for row in rows if name in row]).nanmean()
+            for name in names}
 
 
 def mean_of(rows):
@@ -226,12 +245,13 @@ def active_parameters(model):
 def facts(trainer, wall):
     """What report.json says of any run, beside its scores."""
     tokens = flops = 0
+    parts = trainer.config.accumulate
     for _ in range(EVERY):              # batches of two kinds come in their shares
         batch = next(trainer.batches)
-        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) / EVERY
+        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * parts / EVERY
         with count_flops() as counter:
             trainer.model.loss(batch.to(trainer.device))[0].backward()
-        flops += counter.get_total_flops() / EVERY
+        flops += counter.get_total_flops() * parts / EVERY
     trainer.model.zero_grad()
     return {"seed": trainer.config.seed, "torch": torch.__version__,
             "python": platform.python_version(), "device": str(trainer.device),

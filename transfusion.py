@@ -16,8 +16,8 @@ Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
     python train.py transfusion     train it: minutes on a laptop
 
 Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache,
-C latent channels, P values of one patch (2 * 2 * C; of a clip twice that). Masks: True = may attend.
-Time: t = 0 is data, t = 1 is noise.
+C latent channels, P values of one patch (2 * 2 * C, of a clip twice that).
+Masks: True = may attend. Time: t = 0 is data, t = 1 is noise.
 """
 
 import math
@@ -279,8 +279,17 @@ class Transfusion(nn.Module):
         rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
         return self.backbone(x, batch, rope, mask, cache)
 
-    def loss(self, batch):
-        """L = L_LM + lambda L_diffusion (Eq. 4) -> (scalar, {name: scalar})."""
+    def totals(self, batch):
+        """What the loss divides by: targets of text, and real spans of each modality -> (4,)."""
+        text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
+        return torch.stack([text, *(real.sum() for real in batch.real[1:])]).float()
+
+    def loss(self, batch, totals=None):
+        """L = L_LM + lambda L_diffusion (Eq. 4) -> (scalar, {name: scalar}).
+
+        totals: of a larger batch, of which this is a part; then the parts' losses add up to its.
+        """
+        totals = (self.totals(batch) if totals is None else totals).clamp(min=1)
         noisy, velocities, times = [None] * 4, [None] * 4, [None] * 4
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
@@ -294,20 +303,20 @@ class Transfusion(nn.Module):
         by_modality = hidden.flatten(0, 1)[batch.order].split(batch.sizes)     # (positions, D)
         targets = batch.targets.flatten()[batch.order[:batch.sizes[0]]]
         logits = self.head(by_modality[0]).float()                         # (text positions, ids)
-        loss = F.cross_entropy(logits, targets, ignore_index=-100)
+        error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+        loss, counted = error.sum() / totals[0], (targets >= 0).float()
         said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         right = (said == logits.amax(-1)).float()               # an argmax is slower
-        parts = {"text": loss.detach(), "text_accuracy": average(right, (targets >= 0).float())}
+        parts = {"text": average(error.detach(), counted), "text_accuracy": average(right, counted)}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
                 patch_out = self.patch_out[str(kind)]
                 predicted = patch_out(by_modality[kind]).float()
                 target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                real = batch.real[kind]             # of a rare modality there may be none
-                mean = (error * real).sum() / real.sum().clamp(min=1)
+                mean = (error * batch.real[kind]).sum() / totals[kind]
                 loss = loss + self.config.diffusion_weight * mean
-                parts |= self.by_noise(kind, error.detach(), times[kind], real)
+                parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
         return loss, parts
 
     def by_noise(self, kind, error, t, real):

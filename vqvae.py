@@ -245,11 +245,19 @@ class VQVAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(1, C, 1, 1))
         self.to(memory_format=torch.channels_last)      # convolutions are faster so, on CPU and GPU
 
-    def loss(self, signals):
-        """signals (B, channels, H, W) in [-1, 1] -> (scalar, {name: scalar})."""
+    def totals(self, signals):
+        """What the loss divides by -> (1,)."""
+        return torch.tensor([float(len(signals))], device=signals.device)
+
+    def loss(self, signals, totals=None):
+        """signals (B, channels, H, W) in [-1, 1] -> (scalar, {name: scalar}).
+
+        totals: of a larger batch, of which this is a part; then the parts' losses add up to its.
+        """
         z_q, penalty, parts = self.bottleneck(self.encoder(signals))
         reconstruction = F.mse_loss(self.decoder(z_q).float(), signals)
-        return reconstruction + penalty, {"reconstruction": reconstruction, **parts}
+        share = 1.0 if totals is None else len(signals) / totals[0]
+        return (reconstruction + penalty) * share, {"reconstruction": reconstruction, **parts}
 
     def forward(self, signals):
         """signals -> their reconstructions, as the models downstream get them."""

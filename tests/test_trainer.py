@@ -69,11 +69,10 @@ def test_compiled_training_is_that_of_the_plain_code_and_compiling_leaves_no_tra
     plain, compiled = (small_trainer("chameleon", tmp_path, seed=0) for _ in range(2))
     compiled.compiled = True            # in evaluation, as here, Chameleon's loss has no chance
     compiled.config = plain.config = dataclasses.replace(plain.config, steps=trainer.PAYS)
-    torch.manual_seed(1)
-    before, state = torch.get_rng_state(), copy.deepcopy(compiled.batches.state)
+    state = copy.deepcopy(compiled.batches.state)
     compiled.compile()
     assert compiled.loss is not compiled.model.loss and plain.loss == plain.model.loss
-    assert torch.equal(torch.get_rng_state(), before) and compiled.batches.state == state
+    assert compiled.batches.state == state
     assert all(p.grad is None for p in compiled.parameters)
     for _ in range(3):
         found, expected = compiled.train_step(), plain.train_step()
@@ -93,6 +92,76 @@ def test_one_loss_that_is_not_a_number_makes_the_mean_of_its_steps_so():
     assert math.isnan(means["loss"]) and means["image_noise_0"] == 1.0
 
 
+# --- a batch in parts ----------------------------------------------------------------------------
+
+def gradients(model, batches, totals=None):
+    """The loss of batches, added up, and its gradient by parameter."""
+    model.zero_grad()
+    losses = [model.loss(batch, totals)[0] for batch in batches]
+    sum(losses).backward()
+    return sum(losses).detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def same_gradients(model, whole, parts):
+    expected, gradient = gradients(model, [whole])
+    found, other = gradients(model, parts, sum(map(model.totals, parts)))
+    torch.testing.assert_close(found, expected)
+    for name in gradient:
+        torch.testing.assert_close(other[name], gradient[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("towers", [None, (0, 1, 2, 3)])
+@pytest.mark.parametrize("setting", small.SETTINGS)
+def test_the_parts_of_a_batch_have_its_loss_and_gradient_however_unlike_they_are(
+        monkeypatch, setting, towers):
+    model = small.randomise(small.untrained(setting, towers)).eval()    # no noise of codes
+    monkeypatch.setattr(torch, "randn_like", lambda x: x.flip(-1).sin())            # a span's own
+    transfusion = load("transfusion")
+    monkeypatch.setattr(transfusion, "sample_times", lambda count, *_: torch.full((count,), 0.7))
+    parts = [small.pack(setting, [row], spans)
+             for row, spans in zip(small.ROWS, ([0, 3, 1, 1], [0, 2, 1, 2]))]
+    assert model.totals(parts[0]).tolist() != model.totals(parts[1]).tolist()
+    same_gradients(model, small.pack(setting), parts)
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+def test_the_parts_of_a_batch_of_pictures_have_its_loss_and_gradient(monkeypatch, bottleneck):
+    vqvae = load("vqvae")
+    torch.manual_seed(0)
+    config = vqvae.VQVAEConfig(bottleneck=bottleneck, size=(16, 16), widths=(8, 16))
+    model, pictures = vqvae.VQVAE(config), torch.rand(8, 3, 16, 16) * 2 - 1
+    model.loss(pictures)                                    # places the codes
+    model.eval()
+    monkeypatch.setattr(torch, "randn_like", lambda x: x.detach().sin())
+    same_gradients(model, pictures, pictures.split([3, 5]))
+
+
+@pytest.mark.parametrize("setting", small.SETTINGS)
+def test_a_step_in_parts_adds_their_gradients_and_goes_on_exactly(setting, tmp_path):
+    run = small_trainer(setting, tmp_path, seed=0)
+    run.config = dataclasses.replace(run.config, accumulate=2)
+    parts = [next(run.batches) for _ in range(2)]
+    run.batches.state = run.batches.start()
+    totals, losses = sum(map(run.model.totals, parts)), []
+    for number, part in enumerate(parts):
+        trainer.seed_everything(0, 0, number)
+        losses.append(run.model.loss(part, totals)[0])
+    sum(losses).backward()
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in run.parameters if p.grad is not None])
+    run.optimizer.zero_grad()
+    found = run.train_step()
+    torch.testing.assert_close(found["loss"], sum(losses).detach())
+    torch.testing.assert_close(found["gradient_norm"], norm)
+    assert run.batches.state["batch"] == 2
+    saved = copy.deepcopy(run.state())
+    expected = [run.train_step()["loss"] for _ in range(3)]
+    again = small_trainer(setting, tmp_path, seed=1)
+    again.config = run.config
+    again.resume(saved)
+    assert [again.train_step()["loss"] for _ in range(3)] == expected
+
+
 # --- faults --------------------------------------------------------------------------------------
 
 def weights(run):
@@ -104,8 +173,8 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_is_explained(
         tmp_path, where):
     run, before = small_trainer("transfusion", tmp_path, seed=0), []
 
-    def broken(batch):
-        loss, parts = run.model.loss(batch)
+    def broken(batch, totals):
+        loss, parts = run.model.loss(batch, totals)
         before.append(weights(run))
         if len(before) == 3:            # steps before and after are sound
             loss = loss * (math.inf if where == "loss" else 1.0)
