@@ -137,7 +137,9 @@ def test_the_parts_of_a_batch_of_pictures_have_its_loss_and_gradient(monkeypatch
 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)
-def test_a_step_in_parts_adds_their_gradients_and_goes_on_exactly(setting, tmp_path):
+def test_a_step_in_parts_adds_their_gradients_and_goes_on_exactly(
+        setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "precision", lambda device: contextlib.nullcontext())     # fp32
     run = small_trainer(setting, tmp_path, seed=0)
     run.config = dataclasses.replace(run.config, accumulate=2)
     parts = [next(run.batches) for _ in range(2)]
