@@ -351,6 +351,10 @@ class Batches:
     def __next__(self):
         return pack(self.fill(), self.length, self.layout, self.positions, self.encoded, self.spans)
 
+    def skip(self):
+        """Go past a batch, which another process computes."""
+        self.fill()
+
     def fill(self):
         """Rows of documents, each where it leaves least room, up to `spans`; the others wait."""
         rng = np.random.default_rng((self.seed, self.state["batch"]))
@@ -396,6 +400,10 @@ class Alternate:
     def __next__(self):
         self.drawn += 1
         return next(self.streams[self.drawn % EVERY == 0])
+
+    def skip(self):
+        self.drawn += 1
+        self.streams[self.drawn % EVERY == 0].skip()
 
     @property
     def state(self):

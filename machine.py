@@ -1,4 +1,4 @@
-"""What depends on the machine: its device, precision, compiler, memory; and counting FLOPs."""
+"""What depends on the machine: device, precision, compiler, memory, processes; counting FLOPs."""
 
 import os
 import resource
@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data import InputError
@@ -23,6 +24,61 @@ def pick_device(name):
         raise InputError(f"--device {name}: this machine has none that torch can use; "
                          "try --device auto")
     return torch.device(name)
+
+
+def join_processes():
+    """Under torchrun: join the other processes, each with a device of its own where there are GPUs.
+    """
+    if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+
+
+def rank():
+    """This process's number, 0 where it is alone: the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print, where this is the process that writes."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def added(x):
+    """A tensor's sum over processes, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def any_of(flag, step):
+    """Whether a flag is raised in any process; several of them look only every ten steps."""
+    if world() == 1:
+        return bool(flag)
+    return step % 10 == 0 and bool(added(torch.tensor(float(bool(flag)))))
+
+
+def from_first(make):
+    """What the first process makes, in all of them; an InputError of its own, too."""
+    if world() == 1:
+        return make()
+    made = [None, None]
+    if rank() == 0:
+        try:
+            made[0] = make()
+        except InputError as error:
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1]:
+        raise made[1]
+    return made[0]
 
 
 def precision(device):

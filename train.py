@@ -35,7 +35,7 @@ import scores
 import show
 from corpora import EXAMPLES, folder_corpus, toy_corpus
 from data import (MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows, to_signal)
-from machine import pick_device, precision
+from machine import from_first, join_processes, pick_device, precision, rank, say, world
 from sample import (FORMAT, MODELS, Codecs, Parser, System, build, layout_of, load_autoencoder,
                     load_checkpoint, run, write_document)
 from trainer import Signals, Trainer, facts
@@ -81,7 +81,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon tones": {"steps": 3000, "batch_size": 24},
            "chameleon motion": {"steps": 3000, "batch_size": 6},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
-           "chameleon all": {"steps": 9000, "batch_size": 20}}
+           "chameleon all": {"steps": 4400, "batch_size": 20}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
 
@@ -124,15 +124,15 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     sort = f"{model_config.bottleneck}-{data_name}" + "-audio" * (kind == "audio")
     folder = Path(folder or f"runs/vqvae-{sort}-{digest}")
     path = folder / "checkpoint.pt"
-    kept = load_checkpoint(path) if path.is_file() else {}
+    kept = from_first(lambda: load_checkpoint(path) if path.is_file() else {})
     if kept.get("key") == key:
-        print(f"autoencoder: {folder} (trained before)", flush=True)
+        say(f"autoencoder: {folder} (trained before)")
         return load_autoencoder(kept["autoencoder"]).to(device), folder
-    make_folder(folder)
+    from_first(lambda: make_folder(folder))
     torch.manual_seed(config.seed)
     start = time.time()
     config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
-    batches = Signals(stored, config.batch_size, config.seed, AS_PICTURE[kind])
+    batches = Signals(stored, parts_of(config), config.seed, AS_PICTURE[kind])
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
     model, seen = trainer.model, signals_of(kind, held_out) if held_out else ()
     shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
@@ -153,6 +153,8 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
                   progress)
     with torch.no_grad(), precision(device):
         model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
+    if rank() > 0:
+        return model, folder
     report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
               "reads": kind, **facts(trainer, time.time() - start),
               **autoencoder_scores(kind, model, corpus, held_out, config, device)}
@@ -162,6 +164,15 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
     look(folder / "samples.png", f"{folder.name}: reconstructions")
     return model, folder
+
+
+def parts_of(config):
+    """Rows, or pictures, of one part of a batch: each process computes --accumulate of them."""
+    parts = config.accumulate * world()
+    if config.batch_size % parts:
+        raise InputError(f"--batch-size {config.batch_size} does not split into {parts} parts "
+                         f"(--accumulate {config.accumulate}, {world()} processes): change it")
+    return config.batch_size // parts
 
 
 def autoencoder_scores(kind, model, corpus, held_out, config, device):
@@ -263,7 +274,8 @@ def train_vqvae(config, model_options):
         _, folder = train_autoencoder(kind, corpus, held_out, model_config,
                                       with_presets(config, f"vqvae-{bottleneck}",
                                                    f"vqvae-{bottleneck} {kind}"), device, name, out)
-        finish(folder)
+        if rank() == 0:
+            finish(folder)
 
 
 def with_presets(config, *names):
@@ -282,8 +294,8 @@ def train_transformer(arch, config, model_options, resume=False):
     folder = Path(config.out or "runs/" + "-".join(
         [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
         + [name] * (name != "shapes")))
-    kept = check_folder(folder, arch, setting)
-    saved = (kept or load_checkpoint(folder)) if resume else None
+    kept = from_first(lambda: check_folder(folder, arch, setting))
+    saved = (kept or from_first(lambda: load_checkpoint(folder))) if resume else None
     config = with_presets(config, setting, f"{setting} {name}")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device)
@@ -299,7 +311,7 @@ def train_transformer(arch, config, model_options, resume=False):
                                  "give the same options, or another --out")
         trainer.resume(saved)
     else:
-        make_folder(folder)
+        from_first(lambda: make_folder(folder))
     trainer.compile()
     system = System(trainer.averaged, codecs, Tokenizer(about["merges"]), device)
     told = share_of_stories(corpus) if held_out is None else 0.0
@@ -310,11 +322,14 @@ def train_transformer(arch, config, model_options, resume=False):
                    f"{arch}, step {trainer.step}", held_out, told > 0, count=4)
 
     def save():
-        save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
+        if rank() == 0:
+            save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
 
     called = f"{arch} ({setting})" if arch == "mot" else arch
     trainer.train(called, max(1, config.steps // 4), progress, save)
     save()
+    if rank() > 0:                      # what is left, the first process does alone
+        return
     report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
     report |= (scores.score_toys(system, config.cases, stories_share=told)
                if held_out is None else scores.score_folder(system, held_out, config.cases))
@@ -345,11 +360,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
-    if config.batch_size % config.accumulate:
-        raise InputError(f"--accumulate {config.accumulate}: a batch of {config.batch_size} rows "
-                         "does not split so; change it, or --batch-size")
-    plans = plan_rows(corpus, tokenizer, positions, config.batch_size // config.accumulate,
-                      config.context)
+    plans = plan_rows(corpus, tokenizer, positions, parts_of(config), config.context)
     kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
                                accumulate=1)
     trained, folders = {}, {}
@@ -481,6 +492,7 @@ def check(config, given):
 
 def main():
     arch, config, model_options, resume = arguments(sys.argv[1:])
+    join_processes()
     if arch == "vqvae":
         train_vqvae(config, model_options)
     else:

@@ -1,12 +1,14 @@
-"""The trainer of all four systems: any model with `loss(batch) -> (scalar, {name: scalar})`.
+"""The trainer of all four systems: any model with `loss(batch, totals) -> (scalar, {name: scalar})`
+and `totals(batch)`, what its loss divides by.
 
 AdamW, warm-up and cosine, clipping, averaged weights, a log of every loss, and a state from which
 a run goes on exactly. It knows nothing of modalities, worlds or files but its own log.
 """
 
-import copy
+import copy  # noqa: I001 (long imports are wrapped, not one name a line)
 import json
 import math
+import os
 import platform
 import re
 import signal
@@ -15,19 +17,22 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import EVERY, InputError, to_signal
-from machine import compiler_exists, count_flops, peak_memory, precision
+from machine import (added, any_of, compiler_exists, count_flops, peak_memory, precision, rank, say,
+                     world)
 
 PAYS = 1000         # steps from which on a run is compiled: it takes half a minute on a CPU
 SHOWN = ("text", "image", "audio", "video", "reconstruction")      # losses beside the progress bar
 
 
 class Trainer:
-    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any model with `loss(batch)`.
+    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any such model.
 
     Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
+    Under torchrun every process computes its parts of each batch; the first one writes.
     """
 
     def __init__(self, model, batches, config, device, out, compiled=True, log_every=50):
@@ -42,6 +47,9 @@ class Trainer:
         self.failed = torch.zeros((), device=device)
         self.optimizer.found_inf = self.failed
         self.loss = model.loss
+        self.together = world() > 1 and DistributedDataParallel(
+            Called(model, lambda *arguments: self.loss(*arguments)), broadcast_buffers=False,
+            find_unused_parameters=True)        # a batch may lack a modality
 
     def compile(self):
         """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
@@ -53,10 +61,10 @@ class Trainer:
             batch = next(self.batches).to(self.device)
             with precision(self.device):
                 self.loss(batch, self.model.totals(batch))[0].backward()
-            print(f"compiled in {time.time() - start:.0f} s", flush=True)
+            say(f"compiled in {time.time() - start:.0f} s")
         except Exception as error:      # no working compiler: slower, not wrong
             self.loss = self.model.loss
-            print(f"torch.compile failed ({type(error).__name__}); running without it", flush=True)
+            say(f"torch.compile failed ({type(error).__name__}); running without it")
         self.optimizer.zero_grad()
         self.batches.state = state      # the batch above never happened
 
@@ -67,24 +75,36 @@ class Trainer:
         fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return self.config.lr * min(1.0, (self.step + 1) / warmup) * fall
 
-    def train_step(self):
-        """One step -> its losses, still on the device.
+    def gradients(self):
+        """Draw a batch and compute its gradient -> its losses, still on the device.
 
-        The batch is drawn and computed in `accumulate` parts, whose gradients add up to its own.
+        Both are done in parts, `accumulate` of them in each process, that add up to the batch.
         """
+        numbers, batches, losses = range(self.config.accumulate * world()), {}, []
+        for number in numbers:
+            if number % world() == rank():
+                batches[number] = next(self.batches).to(self.device)
+            else:
+                self.batches.skip()
+        totals = added(sum(map(self.model.totals, batches.values())))
+        for number, batch in batches.items():
+            seed_everything(self.config.seed, self.step, number)
+            last = number + world() > numbers[-1]           # then processes average their gradients
+            with precision(self.device), nullcontext() if last or not self.together else (
+                    self.together.no_sync()):
+                loss, parts = (self.together or self.loss)(batch, totals)
+                (loss * world()).backward()
+            losses.append({**parts, "loss": loss.detach()})
+        return {**merged(losses), "loss": added(sum(row["loss"] for row in losses))}
+
+    def train_step(self):
+        """One step -> its losses, still on the device."""
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batches = [next(self.batches).to(self.device) for _ in range(self.config.accumulate)]
-        totals, losses = sum(map(self.model.totals, batches)), []
-        for number, batch in enumerate(batches):
-            seed_everything(self.config.seed, self.step, number)
-            with precision(self.device):
-                losses.append(self.loss(batch, totals))
-            losses[-1][0].backward()
-        loss, parts = sum(loss.detach() for loss, _ in losses), merged([part for _, part in losses])
+        losses = self.gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.failed.copy_(self.failed + ~(loss + norm).isfinite() > 0)
+        self.failed.copy_(self.failed + ~(losses["loss"] + norm).isfinite() > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -94,7 +114,7 @@ class Trainer:
                                  list(self.model.parameters()), 1 - decay)
             for kept, buffer in zip(self.averaged.buffers(), self.model.buffers()):
                 kept.copy_(buffer)
-        return {"loss": loss, **parts, "gradient_norm": norm}
+        return {**losses, "gradient_norm": norm}
 
     def train(self, title, every=None, at_each=None, save=None):
         """Run to the last step; `at_each()` every `every` steps, `save()` once a minute, and every
@@ -102,18 +122,20 @@ class Trainer:
         """
         self.model.train()
         recent, last_save = [], time.time()
-        with (open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log, Asked() as to_stop,
+        with (open(self.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a",
+                   encoding="utf-8") as log, Asked() as to_stop,
               tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
-                   mininterval=1, dynamic_ncols=True) as bar):
+                   mininterval=1, dynamic_ncols=True, disable=rank() > 0) as bar):
             while self.step < self.config.steps:
                 start = time.time()
                 recent.append(self.train_step())
                 self.seconds += time.time() - start
                 bar.update()
-                saving = save and (to_stop or time.time() - last_save > 60
+                stopping = any_of(to_stop, self.step)
+                saving = save and (stopping or time.time() - last_save > 60
                                    or self.step % self.config.save_every == 0)
                 logging = self.step % self.log_every == 0 or self.step == self.config.steps
-                if (saving or logging or to_stop) and self.failed:     # seen before it is saved
+                if (saving or logging or stopping) and self.failed:     # seen before it is saved
                     self.explain(recent)
                 if logging:
                     row, recent = mean_of(recent), []
@@ -121,12 +143,13 @@ class Trainer:
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
                     bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
-                if at_each and self.step % every == 0 and self.step < self.config.steps:
+                looking = at_each and rank() == 0 and self.step % every == 0
+                if looking and self.step < self.config.steps:
                     at_each()
                 if saving:
                     save()
                     last_save = time.time()
-                if to_stop:
+                if stopping:
                     raise KeyboardInterrupt(f"stopped at step {self.step}; " + (
                         "to go on, give the same command and --resume" if save else
                         "nothing of it is kept: give the same command again"))
@@ -155,10 +178,20 @@ class Trainer:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.batches.state = saved["stream"]
+        if rank() > 0:
+            return
         log = self.out / "metrics.jsonl"        # rows that no checkpoint holds would come twice
         rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
                        encoding="utf-8")
+
+
+class Called(torch.nn.Module):
+    """A model that is called for its loss: what DistributedDataParallel takes."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.forward = model, loss
 
 
 class Asked:
@@ -233,6 +266,9 @@ class Signals:
         pictures = self.as_picture(to_signal(self.stored[index]))
         return pictures.contiguous(memory_format=torch.channels_last)
 
+    def skip(self):
+        self.state["drawn"] += self.batch_size
+
 
 # --- what report.json says of any run ------------------------------------------------------------
 
@@ -245,7 +281,7 @@ def active_parameters(model):
 def facts(trainer, wall):
     """What report.json says of any run, beside its scores."""
     tokens = flops = 0
-    parts = trainer.config.accumulate
+    parts = trainer.config.accumulate * world()
     for _ in range(EVERY):              # batches of two kinds come in their shares
         batch = next(trainer.batches)
         tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * parts / EVERY

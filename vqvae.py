@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -78,8 +79,11 @@ def ema_codebook(z_e, codes, count, total, decay):
     """
     with torch.autocast(z_e.device.type, enabled=False):    # averages over many batches need fp32
         chosen = F.one_hot(codes, count.numel()).to(z_e.dtype)                  # (N, K)
-        return (count * decay + (1 - decay) * chosen.sum(0),
-                total * decay + (1 - decay) * chosen.T @ z_e)
+        n, summed = chosen.sum(0), chosen.T @ z_e
+        if dist.is_initialized():       # sums over the batches of all processes
+            dist.all_reduce(n)
+            dist.all_reduce(summed)
+        return count * decay + (1 - decay) * n, total * decay + (1 - decay) * summed
 
 
 def kl_to_unit_gaussian(mean, log_variance):
@@ -189,6 +193,8 @@ class CodebookBottleneck(nn.Module):
         """Codes that (almost) nothing chooses any more restart at random encoder outputs."""
         dead = self.count < self.config.dead_below
         picks = z_e[torch.randint(len(z_e), (self.config.codes,), device=z_e.device)]   # (K, C)
+        if dist.is_initialized():       # several processes have one codebook: the first one's picks
+            dist.broadcast(picks, 0)
         self.codebook.copy_(torch.where(dead[:, None], picks, self.codebook))
         self.total.copy_(torch.where(dead[:, None], picks, self.total))
         self.count.masked_fill_(dead, 1.0)

@@ -144,7 +144,7 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--data", "gone"], "gone"), (["mot", "--seed", "-1"], "--seed"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
     (["mot", "--tube", "3"], "--tube"), (["mot", "--accumulate", "3"], "--accumulate"),
-    (["vqvae", "--accumulate", "2"], "--accumulate"), (["mot", "--save-every", "0"], "--save-every"),
+    (["vqvae", "--accumulate", "2"], "--accumulate"), (["mot", "--save-every", "0"], "--save-"),
     (["mot", "--width", "0"], "--width"), (["vqvae", "--codes", "0"], "--codes"),
     (["mot", "--setting=chameleon", "--patch", "2"], "--patch"),
     (["mot", "--towers", "0,1,1"], "0,1,1"), (["mot", "--towers", "a,b,c,d"], "a,b,c,d"),

@@ -1,0 +1,124 @@
+"""Several processes (torchrun, gloo on CPU) train as one process does on the same batches."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import small
+from adapter import ROOT, load
+from test_command_line import write_folder
+from test_trainer import small_trainer
+
+trainer, vqvae = load("trainer"), load("vqvae")
+
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TRAIN = [ROOT / "train.py", "mot", "--data", "pictures", "--out", "run", "--width", "32", "--depth",
+         "1", "--heads", "2", "--hidden", "64", "--autoencoder-steps", "2", "--cases", "2"]
+STEPS = 50
+PICTURES = {"size": (16, 16), "widths": (8, 16), "codes": 16, "dead_below": 1e-9}
+
+
+def start(arguments, place):
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, arguments)], cwd=place, env=environment, text=True,
+                          capture_output=True)
+
+
+def losses_of(setting, folder, accumulate):
+    """The losses of a small model's steps, in fp32, and its weights."""
+    trainer.precision = lambda device: contextlib.nullcontext()
+    run = small_trainer(setting, folder, seed=0)
+    run.config = dataclasses.replace(run.config, steps=STEPS, accumulate=accumulate)
+    run.model.train()
+    return [run.train_step()["loss"].item() for _ in range(STEPS)], run.model.state_dict()
+
+
+def codebook_of(batches, seed):
+    """The state of a codebook that has seen these batches; `seed`: of the codes that restart."""
+    torch.manual_seed(0)
+    model = vqvae.VQVAE(vqvae.VQVAEConfig(**PICTURES))
+    torch.manual_seed(seed)
+    for batch in batches:
+        model.loss(batch)
+    return model.bottleneck.state_dict()
+
+
+def main():
+    """What each of two processes does in the tests below."""
+    torch.distributed.init_process_group()
+    rank = torch.distributed.get_rank()
+    kept = {setting: losses_of(setting, Path("."), 1) for setting in small.SETTINGS}
+    batches = torch.load("pictures.pt")
+    kept["codebook"] = codebook_of([batch.chunk(2)[rank] for batch in batches], rank)
+    torch.save(kept, f"kept-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes found, and what they found it in."""
+    place = tmp_path_factory.mktemp("two")
+    pictures = torch.rand(4, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.save(pictures, place / "pictures.pt")
+    done = start([*TOGETHER, __file__], place)
+    assert done.returncode == 0, done.stderr
+    return pictures, [torch.load(place / f"kept-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("setting", small.SETTINGS)
+def test_two_processes_have_the_losses_and_weights_of_one(two, setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "precision", trainer.precision)        # put back afterwards
+    expected, weights = losses_of(setting, tmp_path, accumulate=2)
+    assert len(set(expected)) == STEPS and expected[-1] < expected[0]
+    for losses, found in (kept[setting] for kept in two[1]):
+        assert losses == pytest.approx(expected, abs=1e-4)
+        for name in weights:
+            torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_have_one_codebook_of_all_their_pictures(two):
+    pictures, kept = two
+    one, other = (part["codebook"] for part in kept)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(one["codebook"].unique(dim=0)) > 8
+    # the first process's half places the codes; from then on every sum is over all pictures
+    torch.manual_seed(0)
+    model = vqvae.VQVAE(vqvae.VQVAEConfig(**PICTURES))
+    with torch.no_grad():
+        z_e = [model.encoder(batch).permute(0, 2, 3, 1).flatten(0, 2) for batch in pictures]
+    torch.manual_seed(0)
+    state = model.bottleneck
+    state.revive(z_e[0][:len(z_e[0]) // 2])
+    for z in z_e:
+        state.update(z, vqvae.quantize(z, state.codebook)[0])
+    for name, value in state.state_dict().items():
+        torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_two_processes_is_written_once_and_goes_on_in_one(tmp_path):
+    write_folder(tmp_path / "pictures", 12)
+    done = start([*TOGETHER, *TRAIN, "--steps", 2, "--batch-size", 8], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("see run/") == 1
+    done = start([sys.executable, *TRAIN, "--steps", 3, "--batch-size", 8, "--accumulate", 2,
+                  "--resume"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [2, 3]
+
+
+def test_a_batch_that_does_not_split_is_named(tmp_path):
+    write_folder(tmp_path / "pictures", 12)
+    done = start([*TOGETHER, *TRAIN, "--steps", 2, "--batch-size", 7], tmp_path)
+    assert done.returncode != 0 and "error: --batch-size 7 does not split" in done.stderr
+    assert "train.py\", line" not in done.stderr
+
+
+if __name__ == "__main__":
+    main()
