@@ -12,10 +12,11 @@ SHORT = {"train.py": ["--steps", "2", "--autoencoder-steps", "2", "--cases", "8"
 
 
 def commands(readme):
-    """The python commands of a Markdown file's sh blocks, comments removed."""
+    """The python and torchrun commands of a Markdown file's sh blocks, comments removed."""
     blocks = re.findall(r"^```sh\n(.*?)^```", Path(readme).read_text(encoding="utf-8"), re.S | re.M)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [shlex.split(line.split("&&")[-1]) for line in lines if "python" in line]
+    return [shlex.split(line.split("&&")[-1]) for line in lines
+            if "python" in line or "torchrun" in line]
 
 
 def make_pictures(folder):
@@ -39,15 +40,17 @@ def main():
     for command in commands(sys.argv[1]):
         if command[1:3] == ["-m", "pytest"]:
             continue                    # CI runs the tests by themselves
-        script = Path(command[1]).name
-        given = command[2:]
+        program = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[command[0]]
+        script = next(word for word in command if word.endswith(".py"))
+        given = command[1:]
         extra = [word for option, value in zip(*[iter(SHORT.get(script, []))] * 2)
                  if option not in given and not ("vqvae" in given and "auto" in option)
                  for word in (option, value)]
         if "--help" in given:
             extra = []
         print("$", " ".join(command + extra), flush=True)
-        done = subprocess.run([sys.executable, *command[1:], *extra], stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, *program, *command[1:], *extra],
+                              stderr=subprocess.PIPE)
         if done.returncode:
             sys.exit(done.stderr.decode(errors="replace")[-2000:])
 

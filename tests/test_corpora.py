@@ -59,7 +59,7 @@ def test_all_is_as_large_as_its_share_of_each_world_says(everything):
     counts = {name: len(table) for name, table in everything.signals.items()}
     crossing = 600 // 30
     assert 300 + crossing // 3 <= counts["image"] <= 302 + crossing // 3 + 1
-    assert counts["audio"] == 50 + crossing
+    assert counts["audio"] == 60 + crossing
     assert counts["video"] == 120 + sum(number % 3 > 0 for number in range(crossing))
 
 
