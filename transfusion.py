@@ -36,7 +36,7 @@ class TransfusionConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
-    tube: int = 2                   # frames of a clip that one patch spans
+    tube: int = 1                   # frames of a clip that one patch spans
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1

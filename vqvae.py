@@ -38,7 +38,7 @@ class VQVAEConfig:
     strides: tuple = ((2, 2), (2, 2))   # of the down-sampling convolutions: 32 x 32 -> 8 x 8
     widths: tuple = (32, 128)           # channels after each of them
     blocks: int = 2                     # residual blocks at each resolution
-    latent_channels: int = 8            # C; Transfusion uses 8 for both twins
+    latent_channels: int = 6            # C; fewer are easier to model, more to rebuild from
     codes: int = 512                    # K; VQ-VAE Sec. 4.1 uses 512, Chameleon 8192
     commitment: float = 0.25            # beta of Eq. 3; the paper found 0.1 to 2 alike
     codebook_decay: float = 0.99        # gamma of App. A.1

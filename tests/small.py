@@ -14,6 +14,7 @@ SETTINGS = ("transfusion", "chameleon")
 POSITIONS = [0, 4, 2, 8]
 TOKENIZER = data.Tokenizer()
 SIZE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
+CUT = {"transfusion": {"tube": 2}, "chameleon": {}}
 SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 16, 4)}, # 2 x 2 each
           "chameleon": {"image": (2, 2, 2), "audio": (2, 1, 2), "video": (2, 4, 2)}}
 CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5, "video": 8}}
@@ -73,8 +74,8 @@ def untrained(setting, towers=None, layout=None, **options):
         "chameleon": (chameleon.Chameleon, chameleon.ChameleonConfig, mot.MoTChameleon)}[setting]
     torch.manual_seed(0)
     if towers:
-        return mixture(config(**SIZE), layout, towers=towers, **options)
-    return dense(config(**SIZE, **options), layout)
+        return mixture(config(**SIZE, **CUT[setting]), layout, towers=towers, **options)
+    return dense(config(**SIZE, **CUT[setting], **options), layout)
 
 
 def randomise(model, seed=0):

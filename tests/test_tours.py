@@ -198,8 +198,8 @@ def test_both_bottlenecks_are_shown():
 
 
 @pytest.mark.parametrize("name, encoder, encoded", [
-    ("vq", "(64, 8, 8, 8)", "codes (64, 8, 8)"),
-    ("kl", "(64, 16, 8, 8)", "latents (64, 8, 8, 8)")])        # mean and log variance: twice 8
+    ("vq", "(64, 6, 8, 8)", "codes (64, 8, 8)"),
+    ("kl", "(64, 12, 8, 8)", "latents (64, 6, 8, 8)")])        # mean and log variance: twice 6
 def test_the_shapes_of_a_bottleneck(name, encoder, encoded):
     pictures = "(64, 3, 32, 32)"
     assert autoencoders()[name].splitlines()[0] == (
