@@ -94,7 +94,7 @@ class Trainer:
                     self.together.no_sync()):
                 loss, parts = (self.together or self.loss)(batch, totals)
                 (loss * world()).backward()
-            losses.append({**parts, "loss": loss.detach()})
+            losses.append({"loss": loss.detach(), **parts})
         return {**merged(losses), "loss": added(sum(row["loss"] for row in losses))}
 
     def train_step(self):
@@ -138,7 +138,7 @@ class Trainer:
                 if (saving or logging or stopping) and self.failed:     # seen before it is saved
                     self.explain(recent)
                 if logging:
-                    row, recent = mean_of(recent), []
+                    row, recent = as_numbers(merged(recent)), []
                     log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
@@ -226,23 +226,17 @@ def seed_everything(*numbers):
 
 
 def merged(rows):
-    """Losses of the parts of a batch -> their means, still on the device."""
+    """Losses of several steps, or of the parts of a batch -> their means, still on the device."""
     if len(rows) == 1:
         return rows[0]
-    names = dict.fromkeys(name for row in rows for name in row)     # a part may lack a modality
+    names = dict.fromkeys(name for row in rows for name in row)     # some may lack a modality
     return {name: torch.stack([row[name].float() for row in rows if name in row]).nanmean()
             for name in names}
 
 
-def mean_of(rows):
-    """Losses of several steps -> their means, as floats; nan (an empty noise level) is left out."""
-    names = dict.fromkeys(name for row in rows for name in row)     # a batch may lack a modality
-    means = {name: torch.stack([row[name].float() for row in rows if name in row])
-             for name in names}
-    means = {name: (values.mean() if name == "loss" else values.nanmean()).item()
-             for name, values in means.items()}
-    return {name: value if name == "loss" or math.isfinite(value) else None
-            for name, value in means.items()}
+def as_numbers(losses):
+    """Losses off the device, as floats; None for nan (a level of noise that none had)."""
+    return {name: value.item() if value.isfinite() else None for name, value in losses.items()}
 
 
 class Signals:

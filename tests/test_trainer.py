@@ -86,10 +86,14 @@ def test_a_short_run_is_not_compiled(tmp_path):
     assert run.loss == run.model.loss
 
 
-def test_one_loss_that_is_not_a_number_makes_the_mean_of_its_steps_so():
-    rows = [{"loss": torch.tensor(x), "image_noise_0": torch.tensor(x)} for x in (1.0, math.nan)]
-    means = trainer.mean_of(rows)
-    assert math.isnan(means["loss"]) and means["image_noise_0"] == 1.0
+def test_what_no_step_had_is_left_out_of_the_mean_of_several():
+    rows = [{"loss": torch.tensor(x), "image_noise_0": torch.tensor(y), "image_noise_1": nan}
+            for nan in [torch.tensor(math.nan)] for x, y in ((1.0, math.nan), (3.0, 0.5))]
+    rows.append({"loss": torch.tensor(5.0)})
+    expected = {"loss": 3.0, "image_noise_0": 0.5, "image_noise_1": None}
+    assert trainer.as_numbers(trainer.merged(rows)) == expected
+    assert trainer.as_numbers(trainer.merged(rows[:1])) == {**expected, "loss": 1.0,
+                                                            "image_noise_0": None}
 
 
 # --- a batch in parts ----------------------------------------------------------------------------
