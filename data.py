@@ -45,7 +45,6 @@ class Layout(NamedTuple):
     end: tuple                  # by modality: the id that closes it
     codes: tuple                # by modality: (first, last + 1) of the ids of its codes
     shapes: tuple               # by modality: (C, h, w) of its encoded signals, None without any
-    reader: tuple               # by modality: whose codes or patches its own are (video: image's)
     frames: tuple               # by modality: how many of them, one below the other, make a span
 
 
@@ -118,7 +117,6 @@ class Tokenizer:
                       (None, special["<boi>"], special["<boa>"], special["<bov>"]),
                       (None, special["<eoi>"], special["<eoa>"], special["<eov>"]),
                       tuple(ranges), tuple(shapes.get(name) for name in MODALITIES),
-                      tuple(MODALITIES.index(read_by.get(name, name)) for name in MODALITIES),
                       tuple(frames.get(name, 1) for name in MODALITIES))
 
 
@@ -397,13 +395,16 @@ class Alternate:
     def __iter__(self):
         return self
 
-    def __next__(self):
+    def turn(self):
+        """The stream that the next batch comes from."""
         self.drawn += 1
-        return next(self.streams[self.drawn % EVERY == 0])
+        return self.streams[self.drawn % EVERY == 0]
+
+    def __next__(self):
+        return next(self.turn())
 
     def skip(self):
-        self.drawn += 1
-        self.streams[self.drawn % EVERY == 0].skip()
+        self.turn().skip()
 
     @property
     def state(self):

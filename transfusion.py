@@ -9,14 +9,14 @@ As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 
 timestep embedding added to each patch, loss = LM + 5 x diffusion, guidance, and a limit on the
 noise of an image that stands before its caption (Table 8).
 Instead of DDPM: flow matching (arXiv 2209.03003) with logit-normal times (SD3, arXiv 2403.03206).
-Added: a learned place for each patch; sounds (spectra), and clips, in patches of two frames.
+Added: a learned place for each patch; sounds (as spectra) and clips (frame by frame).
 Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
     python transfusion.py           one real batch, taken apart: seconds, no training
     python train.py transfusion     train it: minutes on a laptop
 
 Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache,
-C latent channels, P values of one patch (2 * 2 * C, of a clip twice that).
+C latent channels, P values of one patch (2 * 2 * C, of a clip `tube` times that).
 Masks: True = may attend. Time: t = 0 is data, t = 1 is noise.
 """
 
