@@ -8,7 +8,8 @@
 Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (arXiv 1711.00937);
 Rombach et al. 2021, "Latent Diffusion" (arXiv 2112.10752) for the KL twin.
 As in the paper: nearest code, straight-through gradient, commitment 0.25, EMA codebook (App. A.1).
-Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3).
+Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3); the kl
+decoder learns from noisy latents (RAE, arXiv 2510.11690), since drawn ones are a little off.
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
 The encoder and decoder are the same for both, so the difference in PSNR is what quantizing loses.
 Sound is a picture too: `spectrum` makes one of a waveform, `waveform` undoes it (Griffin-Lim), and
@@ -44,6 +45,7 @@ class VQVAEConfig:
     codebook_decay: float = 0.99        # gamma of App. A.1
     dead_below: float = 0.1             # restart a code chosen less often than this per batch
     kl_weight: float = 1e-4             # per element; nearly no bottleneck, as in latent diffusion
+    latent_noise: float = 0.3           # most noise that the kl decoder learns to see through
 
     @property
     def grid(self):
@@ -208,7 +210,11 @@ class CodebookBottleneck(nn.Module):
 
 
 class GaussianBottleneck(nn.Module):
-    """(mean, log-variance) -> a sample in training, the mean afterwards."""
+    """(mean, log-variance) -> a sample in training, the mean afterwards.
+
+    In training noise is added on top, of a strength drawn for each signal, so that the decoder
+    learns to see through what is off in latents that a model drew.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -220,7 +226,10 @@ class GaussianBottleneck(nn.Module):
         kl = kl_to_unit_gaussian(mean, log_variance).mean()
         z = mean
         if self.training:
-            z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+            strength = self.config.latent_noise * torch.rand_like(mean[:, :1, :1, :1])
+            spread = mean.detach().std((0, 2, 3), keepdim=True)     # noise as a share of it
+            deviation = (log_variance.exp() + (strength * spread).square()).sqrt()
+            z = mean + deviation * torch.randn_like(mean)
         return z, self.config.kl_weight * kl, {"kl": kl}
 
 

@@ -215,6 +215,23 @@ def test_gaussian_bottleneck_samples_in_training_and_gives_the_mean_afterwards()
     assert penalty.item() == pytest.approx(SMALL.kl_weight * kl)
 
 
+def test_the_decoder_learns_from_noise_of_a_strength_drawn_for_each_picture():
+    """Up to `latent_noise` of the deviation that each channel has over the batch."""
+    bottleneck = vqvae.GaussianBottleneck(dataclasses.replace(SMALL, latent_noise=0.3)).train()
+    deviation = torch.tensor([1.0, 10.0]).view(2, 1, 1)
+    mean = deviation * torch.randn(400, 2, 20, 20)
+    moments = torch.cat([mean, torch.full_like(mean, -20)], 1).requires_grad_()
+    z = bottleneck(moments)[0]
+    noise = (z - mean) / deviation
+    assert abs(noise.mean()) < 4 * 0.3 / math.sqrt(noise.numel())
+    strength = noise.std((2, 3))                            # (picture, channel)
+    torch.testing.assert_close(strength[:, 0], strength[:, 1], rtol=0.25, atol=0.005)
+    mine = strength.mean(1).sort().values                   # uniform from 0 to 0.3
+    torch.testing.assert_close(mine, torch.linspace(0, 0.3, 400), rtol=0, atol=0.03)
+    z.sum().backward()                                      # noise leads no gradient to the mean
+    assert torch.equal(moments.grad[:, :2], torch.ones_like(mean))
+
+
 def test_fit_scale_gives_unit_variance_per_channel_and_changes_no_reconstruction(pictures):
     model = small("kl").eval()
     before = model(pictures)
