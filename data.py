@@ -387,18 +387,22 @@ class Batches:
 
 
 class Alternate:
-    """Two streams of batches as one: of each EVERY batches the last comes from the second."""
+    """Two streams of batches as one: of each EVERY batches the last comes from the second.
 
-    def __init__(self, streams):
-        self.streams, self.drawn = streams, 0
+    A batch may be drawn in parts; those of one batch come from the same stream.
+    """
+
+    def __init__(self, streams, parts=1):
+        self.streams, self.parts, self.drawn = streams, parts, 0
 
     def __iter__(self):
         return self
 
     def turn(self):
         """The stream that the next batch comes from."""
+        batch = self.drawn // self.parts
         self.drawn += 1
-        return self.streams[self.drawn % EVERY == 0]
+        return self.streams[batch % EVERY == EVERY - 1]
 
     def __next__(self):
         return next(self.turn())

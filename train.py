@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import benchmark
 import scores
 import show
 from corpora import EXAMPLES, folder_corpus, toy_corpus
@@ -65,6 +66,7 @@ class TrainConfig:
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
     save_every: int = 1000          # steps from save to save, or a minute if that is less
+    fsdp: bool = False              # every process keeps a share of each weight (fully_shard)
     cases: int = 512                # held-out cases for each score
 
 
@@ -291,15 +293,13 @@ def train_transformer(arch, config, model_options, resume=False):
     """python train.py chameleon, transfusion or mot"""
     begun, setting = time.time(), config.setting if arch == "mot" else arch
     device, (name, corpus, held_out) = pick_device(config.device), load_data(config)
-    folder = Path(config.out or "runs/" + "-".join(
-        [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
-        + [name] * (name != "shapes")))
+    folder = folder_of(arch, setting, config, name)
     kept = from_first(lambda: check_folder(folder, arch, setting))
     saved = (kept or from_first(lambda: load_checkpoint(folder))) if resume else None
     config = with_presets(config, setting, f"{setting} {name}")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device)
-    trainer = Trainer(model, batches, config, device, folder)
+    trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
     if saved:
         if saved.get("merges") != about["merges"]:
             raise InputError(f'--resume: "{folder}" was trained with other captions; '
@@ -313,7 +313,7 @@ def train_transformer(arch, config, model_options, resume=False):
     else:
         from_first(lambda: make_folder(folder))
     trainer.compile()
-    system = System(trainer.averaged, codecs, Tokenizer(about["merges"]), device)
+    system = System(trainer.sampler, codecs, Tokenizer(about["merges"]), device)
     told = share_of_stories(corpus) if held_out is None else 0.0
 
     def progress():
@@ -322,8 +322,9 @@ def train_transformer(arch, config, model_options, resume=False):
                    f"{arch}, step {trainer.step}", held_out, told > 0, count=4)
 
     def save():
+        contents = {**about, **trainer.state()}     # of which each process may hold a share
         if rank() == 0:
-            save_checkpoint(folder / "checkpoint.pt", {**about, **trainer.state()})
+            save_checkpoint(folder / "checkpoint.pt", contents)
 
     called = f"{arch} ({setting})" if arch == "mot" else arch
     trainer.train(called, max(1, config.steps // 4), progress, save)
@@ -340,8 +341,18 @@ def train_transformer(arch, config, model_options, resume=False):
     finish(folder)
 
 
-def prepare(arch, setting, config, model_options, corpus, held_out, name, device):
-    """Tokenize everything once -> (model, batches, codecs, what a checkpoint says of them)."""
+def folder_of(arch, setting, config, name):
+    """The folder of a run on data of this name."""
+    return Path(config.out or "runs/" + "-".join(
+        [arch] + ["chameleon"] * (arch == "mot" and setting == "chameleon")
+        + [name] * (name != "shapes")))
+
+
+def prepare(arch, setting, config, model_options, corpus, held_out, name, device, trained=True):
+    """Tokenize everything once -> (model, batches, codecs, what a checkpoint says of them).
+
+    trained=False leaves the autoencoders as they were made: to measure speed.
+    """
     _, config_class, bottleneck = MODELS[arch, setting]
     model_config = config_class(**{**SIZES[config.size], **model_options})
     if model_config.width % (2 * model_config.heads):
@@ -363,24 +374,55 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     plans = plan_rows(corpus, tokenizer, positions, parts_of(config), config.context)
     kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
                                accumulate=1)
-    trained, folders = {}, {}
-    for kind in kinds:
-        trained[kind], folder = train_autoencoder(
+    autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
+    folders = {}
+    for kind in kinds if trained else ():
+        autoencoders[kind], folder = train_autoencoder(
             kind, corpus, held_out, untrained[kind].config,
             with_presets(kept, f"vqvae-{bottleneck}", f"vqvae-{bottleneck} {kind}"), device, name)
         folders[kind] = folder.name
-    codecs = codecs_by(trained)
+    codecs = codecs_by(autoencoders)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, positions, rows.count, rows.length,
                        config.seed) for rows in plans]
-    batches = Alternate(streams) if len(streams) > 1 else streams[0]
+    parts = config.accumulate * world()
+    batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": mot,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
-             "autoencoders": {kind: packed(model) for kind, model in trained.items()},
+             "autoencoders": {kind: packed(model) for kind, model in autoencoders.items()},
              "codecs": {name: codec.frames for name, codec in codecs.items()},
              "autoencoder_runs": folders}
     return model, batches, codecs, about
+
+
+def measure_speed(arch, config, model_options):
+    """python train.py ARCH --benchmark: MoT beside its dense host."""
+    setting, device = config.setting if arch == "mot" else arch, pick_device(config.device)
+    config = dataclasses.replace(config, examples=config.examples or 4000)
+    name, corpus, held_out = load_data(config)
+    if "image" not in corpus.signals:
+        raise InputError(f"--benchmark draws pictures, and {name} has none")
+    folder = folder_of(arch, setting, config, name)
+    check_folder(folder, arch, setting)
+    config = with_presets(config, setting, f"{setting} {name}")
+    model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
+                                            name, device, trained=False)
+    dense = build(setting, setting, about["config"], model.layout)
+    mot = build("mot", setting, about["config"], model.layout, {"towers": towers_of(config)})
+    trainers = {name: Trainer(model, batches, config, device, folder)
+                for name, model in ((setting, dense), ("mot", mot))}
+    tokenizer = Tokenizer(about["merges"])
+    systems = {name: System(trainer.sampler, codecs, tokenizer, device)
+               for name, trainer in trainers.items()}
+    found = benchmark.report(trainers, batches, systems, device, config.picture_size)
+    if rank() > 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "benchmark.json", found)
+    except OSError as error:
+        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
 
 
 def towers_of(config):
@@ -430,7 +472,7 @@ def options_of(config_class):
 
 
 def arguments(argv):
-    """The command line -> (architecture, TrainConfig, model options that were given, resume)."""
+    """The command line -> (TrainConfig, model options that were given, all that was given)."""
     names = ("vqvae", "chameleon", "transfusion", "mot")
     arch = argv[0] if argv and argv[0] in names else None
     early = Parser(prog="train.py", add_help=False, allow_abbrev=False)     # decides the options
@@ -455,19 +497,30 @@ def arguments(argv):
                                metavar=kind.__name__.upper(),
                                help=text.replace("%", "%%") + shown)
     parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="train nothing: measure how fast steps and sampling are")
+    if arch != "vqvae":
+        parser.add_argument("--fsdp", action="store_true", default=None,
+                            help="under torchrun: each process keeps a share of every weight")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items()
              if value is not None}
     config = TrainConfig(**{field.name: given[field.name]
                             for field in dataclasses.fields(TrainConfig) if field.name in given})
     model = {name: value for name, value in given.items()
-             if name not in ("arch", "resume") and name not in TrainConfig.__dataclass_fields__}
+             if name not in ("arch", "resume", "benchmark")
+             and name not in TrainConfig.__dataclass_fields__}
     check(config, given)
-    return given["arch"], config, model, given["resume"]
+    return config, model, given
 
 
 def check(config, given):
     if given["resume"] and given["arch"] == "vqvae":
         raise InputError("--resume is not for vqvae, which trains in a minute: run it again")
+    if config.fsdp and "RANK" not in os.environ:
+        raise InputError("--fsdp shares weights among processes; start them with: "
+                         "torchrun --nproc-per-node 2 train.py ...")
+    if given["benchmark"] and (given["arch"] == "vqvae" or given["resume"]):
+        raise InputError("--benchmark is for chameleon, transfusion and mot, and without --resume")
     for name, value in given.items():
         least = 0 if name in ("seed", "warmup") or isinstance(value, float) else 1
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
@@ -491,12 +544,14 @@ def check(config, given):
 
 
 def main():
-    arch, config, model_options, resume = arguments(sys.argv[1:])
+    config, model_options, given = arguments(sys.argv[1:])
     join_processes()
-    if arch == "vqvae":
+    if given["benchmark"]:
+        measure_speed(given["arch"], config, model_options)
+    elif given["arch"] == "vqvae":
         train_vqvae(config, model_options)
     else:
-        train_transformer(arch, config, model_options, resume)
+        train_transformer(given["arch"], config, model_options, given["resume"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,11 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from data import EVERY, InputError, to_signal
@@ -32,28 +36,42 @@ class Trainer:
     """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any such model.
 
     Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
-    Under torchrun every process computes its parts of each batch; the first one writes.
+    Under torchrun every process computes its parts of each batch; the first one writes. With
+    `sharded` each process keeps a share of every weight, and of all that belongs to it (FSDP).
     """
 
-    def __init__(self, model, batches, config, device, out, compiled=True, log_every=50):
-        self.model, self.batches, self.config = model.to(device), batches, config
+    def __init__(self, model, batches, config, device, out, compiled=True, log_every=50,
+                 sharded=False):
+        self.model, self.batches, self.config, self.sharded = model, batches, config, sharded
         self.device, self.out, self.log_every, self.compiled = device, out, log_every, compiled
-        self.step, self.seconds = 0, 0.0
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.step, self.seconds, self.loss = 0, 0.0, model.loss
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        called = Called(model, lambda *arguments: self.loss(*arguments))
+        # what to sample from: the averaged weights in one piece
+        self.sampler = copy.deepcopy(self.averaged).to(device) if sharded else self.averaged
+        if sharded:
+            mesh = dist.init_device_mesh(device.type, (world(),))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            self.together = fully_shard(called, mesh=mesh)
+            fully_shard(self.averaged, mesh=mesh)
+        else:
+            model.to(device)
+            self.averaged.to(device)
+            self.together = world() > 1 and DistributedDataParallel(
+                called, broadcast_buffers=False, find_unused_parameters=True)   # absent modalities
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
                                            weight_decay=config.weight_decay, fused=True)
         # 1 once a loss was not finite: from then on, and without a wait, no step changes a weight
         self.failed = torch.zeros((), device=device)
-        self.optimizer.found_inf = self.failed
-        self.loss = model.loss
-        self.together = world() > 1 and DistributedDataParallel(
-            Called(model, lambda *arguments: self.loss(*arguments)), broadcast_buffers=False,
-            find_unused_parameters=True)        # a batch may lack a modality
+        self.optimizer.found_inf = (DTensor.from_local(self.failed, mesh, [Replicate()])
+                                    if sharded else self.failed)
 
     def compile(self):
         """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
-        if not (self.compiled and self.config.steps >= PAYS and compiler_exists(self.device)):
+        if not (self.compiled and self.config.steps >= PAYS and compiler_exists(self.device)
+                and not self.sharded):
             return
         start, state = time.time(), copy.deepcopy(self.batches.state)
         try:
@@ -89,13 +107,18 @@ class Trainer:
         totals = added(sum(map(self.model.totals, batches.values())))
         for number, batch in batches.items():
             seed_everything(self.config.seed, self.step, number)
-            last = number + world() > numbers[-1]           # then processes average their gradients
-            with precision(self.device), nullcontext() if last or not self.together else (
-                    self.together.no_sync()):
+            with precision(self.device), self.unaveraged(number + world() <= numbers[-1]):
                 loss, parts = (self.together or self.loss)(batch, totals)
                 (loss * world()).backward()
             losses.append({"loss": loss.detach(), **parts})
         return {**merged(losses), "loss": added(sum(row["loss"] for row in losses))}
+
+    def unaveraged(self, more):
+        """The context of a part after which `more` come: gradients are averaged in the last."""
+        if self.sharded:
+            self.together.set_requires_gradient_sync(not more)
+        return self.together.no_sync() if more and self.together and not self.sharded else (
+            nullcontext())
 
     def train_step(self):
         """One step -> its losses, still on the device."""
@@ -103,15 +126,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses = self.gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         self.failed.copy_(self.failed + ~(losses["loss"] + norm).isfinite() > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: drop the start
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()),
-                                 list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(map(own, self.averaged.parameters())),
+                                 list(map(own, self.model.parameters())), 1 - decay)
             for kept, buffer in zip(self.averaged.buffers(), self.model.buffers()):
                 kept.copy_(buffer)
         return {**losses, "gradient_norm": norm}
@@ -132,7 +155,7 @@ class Trainer:
                 self.seconds += time.time() - start
                 bar.update()
                 stopping = any_of(to_stop, self.step)
-                saving = save and (stopping or time.time() - last_save > 60
+                saving = save and (any_of(stopping or time.time() - last_save > 60, self.step)
                                    or self.step % self.config.save_every == 0)
                 logging = self.step % self.log_every == 0 or self.step == self.config.steps
                 if (saving or logging or stopping) and self.failed:     # seen before it is saved
@@ -143,9 +166,10 @@ class Trainer:
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
                     bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
-                looking = at_each and rank() == 0 and self.step % every == 0
-                if looking and self.step < self.config.steps:
-                    at_each()
+                if at_each and self.step % every == 0 and self.step < self.config.steps:
+                    self.gather()
+                    if rank() == 0:
+                        at_each()
                 if saving:
                     save()
                     last_save = time.time()
@@ -154,6 +178,14 @@ class Trainer:
                         "to go on, give the same command and --resume" if save else
                         "nothing of it is kept: give the same command again"))
         self.model.eval()
+        self.gather()
+
+    @torch.no_grad()
+    def gather(self):
+        """Bring what to sample from up to date, where processes hold the weights in shares."""
+        if self.sharded:
+            for kept, share in zip(self.sampler.parameters(), self.averaged.parameters()):
+                kept.copy_(whole(share))
 
     def explain(self, rows):
         """Raise InputError about the first of the last steps whose loss was not finite."""
@@ -167,15 +199,21 @@ class Trainer:
                                  "try a lower --lr; the last checkpoint is kept")
 
     def state(self):
-        """All that going on exactly needs."""
-        return {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict(),
-                "ema": self.averaged.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "stream": self.batches.state}
+        """All that going on exactly needs, in however many processes: weights are whole in it."""
+        return {"step": self.step, "seconds": self.seconds, "stream": self.batches.state,
+                **tree_map(whole, {"model": self.model.state_dict(),
+                                   "ema": self.averaged.state_dict(),
+                                   "optimizer": self.optimizer.state_dict()})}
 
     def resume(self, saved):
-        self.model.load_state_dict(saved["model"])
-        self.averaged.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for module, kept in ((self.model, saved["model"]), (self.averaged, saved["ema"])):
+            module.load_state_dict({name: shared_as(mine, kept[name])
+                                    for name, mine in module.state_dict().items()})
+        moments = {number: {name: shared_as(parameter, x) if x.dim() else x
+                            for name, x in saved["optimizer"]["state"][number].items()}
+                   for number, parameter in enumerate(self.parameters)
+                   if number in saved["optimizer"]["state"]}
+        self.optimizer.load_state_dict({**saved["optimizer"], "state": moments})
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.batches.state = saved["stream"]
         if rank() > 0:
@@ -187,11 +225,27 @@ class Trainer:
 
 
 class Called(torch.nn.Module):
-    """A model that is called for its loss: what DistributedDataParallel takes."""
+    """A model that is called for its loss: what DistributedDataParallel and FSDP take."""
 
     def __init__(self, model, loss):
         super().__init__()
         self.model, self.forward = model, loss
+
+
+def whole(x):
+    """A tensor in one piece, where processes hold shares of it; anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own(x):
+    """The share of a tensor that this process holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def shared_as(mine, x):
+    """A whole tensor -> held as another one is, in shares or not."""
+    return (distribute_tensor(x.to(mine.device), mine.device_mesh, mine.placements)
+            if isinstance(mine, DTensor) else x)
 
 
 class Asked:
@@ -276,13 +330,15 @@ def facts(trainer, wall):
     """What report.json says of any run, beside its scores."""
     tokens = flops = 0
     parts = trainer.config.accumulate * world()
+    model = trainer.sampler.requires_grad_()            # in one piece, whoever holds the shares
     for _ in range(EVERY):              # batches of two kinds come in their shares
         batch = next(trainer.batches)
         tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * parts / EVERY
         with count_flops() as counter:
-            trainer.model.loss(batch.to(trainer.device))[0].backward()
+            model.loss(batch.to(trainer.device))[0].backward()
         flops += counter.get_total_flops() * parts / EVERY
-    trainer.model.zero_grad()
+    model.zero_grad()
+    model.requires_grad_(False)
     return {"seed": trainer.config.seed, "torch": torch.__version__,
             "python": platform.python_version(), "device": str(trainer.device),
             "bf16": not isinstance(precision(trainer.device), nullcontext),

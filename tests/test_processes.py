@@ -1,6 +1,7 @@
 """Several processes (torchrun, gloo on CPU) train as one process does on the same batches."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -31,13 +32,37 @@ def start(arguments, place):
                           capture_output=True)
 
 
-def losses_of(setting, folder, accumulate):
-    """The losses of a small model's steps, in fp32, and its weights."""
+def begin(setting, folder, accumulate=1, sharded=False):
+    """A small model's trainer, in fp32."""
     trainer.precision = lambda device: contextlib.nullcontext()
-    run = small_trainer(setting, folder, seed=0)
+    run = small_trainer(setting, folder, seed=0, sharded=sharded)
     run.config = dataclasses.replace(run.config, steps=STEPS, accumulate=accumulate)
     run.model.train()
-    return [run.train_step()["loss"].item() for _ in range(STEPS)], run.model.state_dict()
+    return run
+
+
+def losses_of(run, steps=STEPS):
+    """The losses of its next steps, and all that going on needs."""
+    return [run.train_step()["loss"].item() for _ in range(steps)], run.state()
+
+
+def layouts_of(setting):
+    """The losses of two processes with whole weights, with shares of them (FSDP), and in turns."""
+    kept = {layout: losses_of(begin(setting, Path("."), sharded=layout == "fsdp"))
+            for layout in ("ddp", "fsdp")}
+    shares = begin(setting, Path("."), sharded=True)
+    found, state = losses_of(shares, 20)
+    for sharded in (False, True):
+        run = begin(setting, Path("."), sharded=sharded)
+        run.resume(copy.deepcopy(state))
+        more, state = losses_of(run, (STEPS - 20) // 2)
+        found += more
+    share = sum(own.numel() for own in map(trainer.own, shares.parameters))
+    shares.gather()
+    sampler = shares.sampler.state_dict()
+    kept["in turns"] = found, state
+    return {**kept, "share": share / sum(p.numel() for p in shares.parameters),
+            "sampler": sampler, "ema": shares.state()["ema"]}
 
 
 def codebook_of(batches, seed):
@@ -54,7 +79,7 @@ def main():
     """What each of two processes does in the tests below."""
     torch.distributed.init_process_group()
     rank = torch.distributed.get_rank()
-    kept = {setting: losses_of(setting, Path("."), 1) for setting in small.SETTINGS}
+    kept = {setting: layouts_of(setting) for setting in small.SETTINGS}
     batches = torch.load("pictures.pt")
     kept["codebook"] = codebook_of([batch.chunk(2)[rank] for batch in batches], rank)
     torch.save(kept, f"kept-{rank}.pt")
@@ -71,15 +96,28 @@ def two(tmp_path_factory):
     return pictures, [torch.load(place / f"kept-{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "in turns"])
 @pytest.mark.parametrize("setting", small.SETTINGS)
-def test_two_processes_have_the_losses_and_weights_of_one(two, setting, tmp_path, monkeypatch):
+def test_two_processes_have_the_losses_and_weights_of_one(two, setting, layout, tmp_path,
+                                                          monkeypatch):
     monkeypatch.setattr(trainer, "precision", trainer.precision)        # put back afterwards
-    expected, weights = losses_of(setting, tmp_path, accumulate=2)
+    expected, state = losses_of(begin(setting, tmp_path, accumulate=2))
     assert len(set(expected)) == STEPS and expected[-1] < expected[0]
-    for losses, found in (kept[setting] for kept in two[1]):
+    for losses, found in (kept[setting][layout] for kept in two[1]):
         assert losses == pytest.approx(expected, abs=1e-4)
-        for name in weights:
-            torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-4)
+        for part in ("model", "ema"):
+            for name, weight in state[part].items():
+                torch.testing.assert_close(found[part][name], weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", small.SETTINGS)
+def test_with_fsdp_each_process_holds_a_share_and_samples_from_the_whole(two, setting):
+    kept = [part[setting] for part in two[1]]
+    assert sum(part["share"] for part in kept) == pytest.approx(1)
+    assert max(part["share"] for part in kept) < 0.6
+    for part in kept:
+        assert part["sampler"].keys() == part["ema"].keys()
+        assert all(torch.equal(part["sampler"][name], part["ema"][name]) for name in part["ema"])
 
 
 def test_two_processes_have_one_codebook_of_all_their_pictures(two):
@@ -101,9 +139,10 @@ def test_two_processes_have_one_codebook_of_all_their_pictures(two):
         torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_of_two_processes_is_written_once_and_goes_on_in_one(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_is_written_once_and_goes_on_in_one(tmp_path, options):
     write_folder(tmp_path / "pictures", 12)
-    done = start([*TOGETHER, *TRAIN, "--steps", 2, "--batch-size", 8], tmp_path)
+    done = start([*TOGETHER, *TRAIN, *options, "--steps", 2, "--batch-size", 8], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("see run/") == 1
     done = start([sys.executable, *TRAIN, "--steps", 3, "--batch-size", 8, "--accumulate", 2,

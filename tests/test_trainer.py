@@ -24,7 +24,7 @@ data, machine, sample, train = load("data"), load("machine"), load("sample"), lo
 trainer = load("trainer")
 
 
-def small_trainer(setting, tmp_path, seed):
+def small_trainer(setting, tmp_path, seed, **options):
     """A trainer of a small model on six pictures and sounds."""
     documents = [[("text", word), ("image", n)]
                  for n, word in enumerate(("red", "or", "green", "or", "blue", "x"))]
@@ -33,7 +33,7 @@ def small_trainer(setting, tmp_path, seed):
     config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, ema=0.9)
     torch.manual_seed(seed)
     return trainer.Trainer(small.randomise(small.untrained(setting, (0, 1, 2, 3)), seed), batches,
-                         config, torch.device("cpu"), tmp_path, compiled=False)
+                         config, torch.device("cpu"), tmp_path, compiled=False, **options)
 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)
