@@ -89,7 +89,7 @@ SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 7
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "accumulate", "autoencoder_steps", "save_every"),
+                            "accumulate", "autoencoder_steps"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -116,8 +116,10 @@ def signals_of(kind, corpus):
     return np.concatenate(parts) if parts else ()
 
 
-def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None):
-    """Train an autoencoder on a corpus's signals, or load one that was -> (VQVAE, its folder)."""
+def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None,
+                      resume=False):
+    """Train an autoencoder on a corpus's signals, go on with one that was not finished, or load one
+    that was -> (VQVAE, its folder). With `resume` there must be one."""
     stored = signals_of(kind, corpus)
     key = {"data": hashlib.sha256(stored.tobytes()).hexdigest(),
            "model": dataclasses.asdict(model_config), "steps": config.steps,
@@ -127,15 +129,21 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     folder = Path(folder or f"runs/vqvae-{sort}-{digest}")
     path = folder / "checkpoint.pt"
     kept = from_first(lambda: load_checkpoint(path) if path.is_file() else {})
-    if kept.get("key") == key:
+    if resume and kept.get("key") != key:
+        raise InputError(f'--resume: "{folder}" holds no run with this data and these options')
+    if kept.get("key") == key and "stream" not in kept:
         say(f"autoencoder: {folder} (trained before)")
         return load_autoencoder(kept["autoencoder"]).to(device), folder
-    from_first(lambda: make_folder(folder))
     torch.manual_seed(config.seed)
     start = time.time()
     config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
     batches = Signals(stored, parts_of(config), config.seed, AS_PICTURE[kind])
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
+    if kept.get("key") == key:
+        trainer.resume(kept)
+        say(f"autoencoder: {folder} goes on from step {trainer.step}")
+    else:
+        from_first(lambda: make_folder(folder))
     model, seen = trainer.model, signals_of(kind, held_out) if held_out else ()
     shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
 
@@ -151,8 +159,14 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         look(folder / "progress" / f"step-{trainer.step:06d}.png",
              f"{folder.name}: reconstructions, step {trainer.step}")
 
-    trainer.train(f"autoencoder ({kind}, {model_config.bottleneck})", max(1, config.steps // 4),
-                  progress)
+    def save(**more):
+        if rank() == 0:
+            save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key,
+                                   "autoencoder": packed(model), **more})
+
+    trainer.train(f"autoencoder ({kind}, {model_config.bottleneck})",
+                  lambda: save(**trainer.state()), max(1, config.steps // 4), progress,
+                  how="the same command again")
     with torch.no_grad(), precision(device):
         model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
     if rank() > 0:
@@ -160,8 +174,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
               "reads": kind, **facts(trainer, time.time() - start),
               **autoencoder_scores(kind, model, corpus, held_out, config, device)}
-    save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key,
-                           "autoencoder": packed(model)})
+    save()
     write_json(folder / "report.json", report)
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
     look(folder / "samples.png", f"{folder.name}: reconstructions")
@@ -260,7 +273,7 @@ def load_data(config):
     return f"{name}-folder" if name in EXAMPLES else name, corpus, held_out
 
 
-def train_vqvae(config, model_options):
+def train_vqvae(config, model_options, resume=False):
     """python train.py vqvae: an autoencoder of pictures and frames, or one of sounds, or both."""
     device, bottleneck = pick_device(config.device), model_options.get("bottleneck", "vq")
     if config.data == "stories":
@@ -275,7 +288,8 @@ def train_vqvae(config, model_options):
         model_config = autoencoder_config(kind, config, **{"bottleneck": "vq", **model_options})
         _, folder = train_autoencoder(kind, corpus, held_out, model_config,
                                       with_presets(config, f"vqvae-{bottleneck}",
-                                                   f"vqvae-{bottleneck} {kind}"), device, name, out)
+                                                   f"vqvae-{bottleneck} {kind}"), device, name, out,
+                                      resume)
         if rank() == 0:
             finish(folder)
 
@@ -327,7 +341,7 @@ def train_transformer(arch, config, model_options, resume=False):
             save_checkpoint(folder / "checkpoint.pt", contents)
 
     called = f"{arch} ({setting})" if arch == "mot" else arch
-    trainer.train(called, max(1, config.steps // 4), progress, save)
+    trainer.train(called, save, max(1, config.steps // 4), progress)
     save()
     if rank() > 0:                      # what is left, the first process does alone
         return
@@ -514,8 +528,6 @@ def arguments(argv):
 
 
 def check(config, given):
-    if given["resume"] and given["arch"] == "vqvae":
-        raise InputError("--resume is not for vqvae, which trains in a minute: run it again")
     if config.fsdp and "RANK" not in os.environ:
         raise InputError("--fsdp shares weights among processes; start them with: "
                          "torchrun --nproc-per-node 2 train.py ...")
@@ -549,7 +561,7 @@ def main():
     if given["benchmark"]:
         measure_speed(given["arch"], config, model_options)
     elif given["arch"] == "vqvae":
-        train_vqvae(config, model_options)
+        train_vqvae(config, model_options, given["resume"])
     else:
         train_transformer(given["arch"], config, model_options, given["resume"])
 

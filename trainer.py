@@ -139,9 +139,10 @@ class Trainer:
                 kept.copy_(buffer)
         return {**losses, "gradient_norm": norm}
 
-    def train(self, title, every=None, at_each=None, save=None):
-        """Run to the last step; `at_each()` every `every` steps, `save()` once a minute, and every
-        `save_every` steps. Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt.
+    def train(self, title, save, every=0, at_each=None, how="the same command and --resume"):
+        """Run to the last step; `save()` once a minute and every `save_every` steps, `at_each()`
+        every `every` steps but the last. Ctrl-C and SIGTERM finish the step, save, and raise
+        KeyboardInterrupt, which says `how` to go on.
         """
         self.model.train()
         recent, last_save = [], time.time()
@@ -155,8 +156,8 @@ class Trainer:
                 self.seconds += time.time() - start
                 bar.update()
                 stopping = any_of(to_stop, self.step)
-                saving = save and (any_of(stopping or time.time() - last_save > 60, self.step)
-                                   or self.step % self.config.save_every == 0)
+                saving = (any_of(stopping or time.time() - last_save > 60, self.step)
+                          or self.step % self.config.save_every == 0)
                 logging = self.step % self.log_every == 0 or self.step == self.config.steps
                 if (saving or logging or stopping) and self.failed:     # seen before it is saved
                     self.explain(recent)
@@ -166,7 +167,7 @@ class Trainer:
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
                     bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
-                if at_each and self.step % every == 0 and self.step < self.config.steps:
+                if every and self.step % every == 0 and self.step < self.config.steps:
                     self.gather()
                     if rank() == 0:
                         at_each()
@@ -174,9 +175,7 @@ class Trainer:
                     save()
                     last_save = time.time()
                 if stopping:
-                    raise KeyboardInterrupt(f"stopped at step {self.step}; " + (
-                        "to go on, give the same command and --resume" if save else
-                        "nothing of it is kept: give the same command again"))
+                    raise KeyboardInterrupt(f"stopped at step {self.step}; to go on, give {how}")
         self.model.eval()
         self.gather()
 

@@ -153,7 +153,9 @@ def refused(capsys, main, *argv, place="."):
     (["vqvae", "--data", "stories", "--examples", "9"], "words"),
     (["mot", "--data", "all", "--examples", "1"], "--examples"),
     (["vqvae", "--towers", "0,1,2,3"], "--towers"), (["vqvae", "--ema", "0.5"], "--ema"),
-    (["chameleon", "--setting", "chameleon"], "--setting"),
+    (["chameleon", "--setting", "chameleon"], "--setting"), (["mot", "--fsdp"], "torchrun"),
+    (["vqvae", "--benchmark"], "--benchmark"), (["mot", "--benchmark", "--resume"], "--benchmark"),
+    (["vqvae", "--fsdp"], "--fsdp"),
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
     # a folder and few steps matter only where a bad option is let through
@@ -650,6 +652,28 @@ def test_resume_goes_on_from_the_last_step(runs, monkeypatch, plain):
     call(train.main, *arguments, "--steps", 4, "--resume")
     assert [row["step"] for row in metrics(runs / "longer")] == [2, 4]
     assert json.loads((runs / "longer" / "report.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+def test_an_autoencoder_that_was_stopped_goes_on_to_the_very_same_weights(
+        folder, capsys, monkeypatch, plain, bottleneck):
+    arguments = ["vqvae", "--data", folder, "--steps", 6, "--batch-size", 4, "--bottleneck",
+                 bottleneck]
+    call(train.main, *arguments, "--out", "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "any_of", lambda flag, step: step == 3)
+        with pytest.raises(SystemExit) as stopped:
+            call(train.main, *arguments, "--out", "stopped")
+    assert stopped.value.code == 130
+    assert "step 3; to go on, give the same command again" in capsys.readouterr().err
+    call(train.main, *arguments, "--out", "stopped", "--resume")
+    assert "goes on from step 3" in capsys.readouterr().out
+    one, other = (sample.load_checkpoint(name) for name in ("straight", "stopped"))
+    assert one.keys() == other.keys() and "stream" not in one
+    weights = [kept["autoencoder"]["weights"] for kept in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    sentence = refused(capsys, train.main, *arguments, "--out", "stopped", "--resume", "--seed", 1)
+    assert "--resume" in sentence and "stopped" in sentence
 
 
 def test_looking_at_samples_does_not_change_the_training(runs, monkeypatch):

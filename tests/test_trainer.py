@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_is_explained(
         return loss, parts
     run.loss = broken
     with pytest.raises(data.InputError) as stopped:
-        run.train("a run", save=lambda: pytest.fail("a broken state was saved"))
+        run.train("a run", lambda: pytest.fail("a broken state was saved"))
     assert len(before) == 8             # found when the log is written, at the last of eight steps
     for name, value in weights(run).items():
         assert torch.equal(value, before[2][name])
@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight_and_is_explained(
 def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_as_if_it_never_came(
         tmp_path, number):
     straight = small_trainer("transfusion", tmp_path, seed=0)
-    straight.train("a run")
+    straight.train("a run", lambda: None)
     expected = (tmp_path / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text("")
     run, saved, handlers = small_trainer("transfusion", tmp_path, seed=0), [], signal.getsignal(
@@ -217,11 +217,11 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_as_if_it_never
         return step()
     run.train_step = signalled
     with pytest.raises(KeyboardInterrupt, match="stopped at step 5; .* --resume"):
-        run.train("a run", save=lambda: saved.append(copy.deepcopy(run.state())))
+        run.train("a run", lambda: saved.append(copy.deepcopy(run.state())))
     assert [state["step"] for state in saved] == [5] and signal.getsignal(number) == handlers
     again = small_trainer("transfusion", tmp_path, seed=1)
     again.resume(saved[0])
-    again.train("a run")
+    again.train("a run", lambda: None)
     for part in ("model", "averaged"):
         one, other = (getattr(t, part).state_dict() for t in (straight, again))
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -237,13 +237,13 @@ def test_a_second_signal_stops_at_once(tmp_path):
         time.sleep(60)
     run.train_step = stuck
     with pytest.raises(KeyboardInterrupt, match="at once"):
-        run.train("a run", save=lambda: pytest.fail("in the middle of a step"))
+        run.train("a run", lambda: pytest.fail("in the middle of a step"))
 
 
 def test_it_saves_every_so_many_steps(tmp_path):
     run, saved = small_trainer("chameleon", tmp_path, seed=0), []
     run.config = dataclasses.replace(run.config, save_every=3)
-    run.train("a run", save=lambda: saved.append(run.step))
+    run.train("a run", lambda: saved.append(run.step))
     assert saved == [3, 6]
 
 
