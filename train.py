@@ -54,8 +54,8 @@ class TrainConfig:
     batch_size: int = 0             # packed rows a step; of vqvae, pictures (other data: PRESETS)
     accumulate: int = 1             # parts that a batch is computed in, for want of memory
     context: int = 0                # positions of a row (default: the shortest that pack well)
-    picture_size: int = 32          # pixels of a side; a multiple of 8
-    size: str = "tiny"              # of the model: tiny, small or base
+    picture_size: int = 0           # pixels of a side; a multiple of 8 (default: 32, base: 64)
+    size: str = "tiny"              # of the model: tiny, small, or base (for a GPU)
     examples: int = 0               # of a toy world, to train on (default: EXAMPLES in corpora.py)
     towers: str = "0,1,2,3"         # mot's, of text, image, audio, video; equal ones share weights
     seed: int = 0                   # of everything random
@@ -83,9 +83,11 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon tones": {"steps": 3000, "batch_size": 24},
            "chameleon motion": {"steps": 3000, "batch_size": 6},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
-           "chameleon all": {"steps": 4400, "batch_size": 20}}
+           "chameleon all": {"steps": 4400, "batch_size": 20},
+           "tiny": {"picture_size": 32}, "small": {"picture_size": 32, "lr": 2e-3},
+           "base": {"picture_size": 64, "lr": 4e-4, "batch_size": 64, "steps": 20_000}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
-         "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 2048}}
+         "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
@@ -310,7 +312,7 @@ def train_transformer(arch, config, model_options, resume=False):
     folder = folder_of(arch, setting, config, name)
     kept = from_first(lambda: check_folder(folder, arch, setting))
     saved = (kept or from_first(lambda: load_checkpoint(folder))) if resume else None
-    config = with_presets(config, setting, f"{setting} {name}")
+    config = with_presets(config, setting, f"{setting} {name}", config.size)
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device)
     trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
@@ -419,7 +421,7 @@ def measure_speed(arch, config, model_options):
         raise InputError(f"--benchmark draws pictures, and {name} has none")
     folder = folder_of(arch, setting, config, name)
     check_folder(folder, arch, setting)
-    config = with_presets(config, setting, f"{setting} {name}")
+    config = with_presets(config, setting, f"{setting} {name}", config.size)
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device, trained=False)
     dense = build(setting, setting, about["config"], model.layout)
@@ -523,6 +525,10 @@ def arguments(argv):
     model = {name: value for name, value in given.items()
              if name not in ("arch", "resume", "benchmark")
              and name not in TrainConfig.__dataclass_fields__}
+    if config.data in EXAMPLES and config.data != "shapes":         # clips are of one size
+        config = dataclasses.replace(config, picture_size=config.picture_size or motion.PIXELS)
+    config = dataclasses.replace(config, picture_size=config.picture_size
+                                 or PRESETS[config.size]["picture_size"])
     check(config, given)
     return config, model, given
 
