@@ -84,8 +84,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon motion": {"steps": 3000, "batch_size": 6},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
            "chameleon all": {"steps": 4400, "batch_size": 20},
-           "tiny": {"picture_size": 32}, "small": {"picture_size": 32, "lr": 2e-3},
-           "base": {"picture_size": 64, "lr": 4e-4, "batch_size": 64, "steps": 20_000}}
+           "small": {"lr": 2e-3}, "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
 
@@ -525,12 +524,16 @@ def arguments(argv):
     model = {name: value for name, value in given.items()
              if name not in ("arch", "resume", "benchmark")
              and name not in TrainConfig.__dataclass_fields__}
-    if config.data in EXAMPLES and config.data != "shapes":         # clips are of one size
-        config = dataclasses.replace(config, picture_size=config.picture_size or motion.PIXELS)
-    config = dataclasses.replace(config, picture_size=config.picture_size
-                                 or PRESETS[config.size]["picture_size"])
+    if "picture_size" not in given:
+        large = config.size == "base" and not has_one_size(config.data)
+        config = dataclasses.replace(config, picture_size=64 if large else motion.PIXELS)
     check(config, given)
     return config, model, given
+
+
+def has_one_size(data):
+    """Whether the pictures of this data are always 32 pixels high, like the frames of clips."""
+    return data in EXAMPLES and data != "shapes"
 
 
 def check(config, given):
@@ -550,7 +553,7 @@ def check(config, given):
             raise InputError(f"--{name} is one of {', '.join(options)}, not {value}")
     if config.picture_size < 8 or config.picture_size % 8:
         raise InputError(f"--picture-size is {config.picture_size}; it must be a multiple of 8")
-    if config.data in EXAMPLES and config.data != "shapes" and config.picture_size != motion.PIXELS:
+    if has_one_size(config.data) and config.picture_size != motion.PIXELS:
         raise InputError(f"--picture-size: the pictures of {config.data} have {motion.PIXELS} "
                          "pixels a side")
     if config.picture_size // 4 % given.get("patch", 1):
