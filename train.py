@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import platform
 import re
 import sys
 import time
@@ -407,6 +408,8 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
              "merges": [list(pair) for pair in tokenizer.merges],
              "autoencoders": {kind: packed(model) for kind, model in autoencoders.items()},
              "codecs": {name: codec.frames for name, codec in codecs.items()},
+             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                          "numpy": np.__version__},
              "autoencoder_runs": folders}
     return model, batches, codecs, about
 

@@ -47,9 +47,9 @@ class Trainer:
         self.step, self.seconds, self.loss = 0, 0.0, model.loss
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         called = Called(model, lambda *arguments: self.loss(*arguments))
-        # what to sample from: the averaged weights in one piece
-        self.sampler = copy.deepcopy(self.averaged).to(device) if sharded else self.averaged
+        self.sampler = self.averaged            # what to sample from: in one piece
         if sharded:
+            self.sampler = copy.deepcopy(self.averaged).to(device if rank() == 0 else "cpu")
             mesh = dist.init_device_mesh(device.type, (world(),))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
@@ -117,8 +117,8 @@ class Trainer:
         """The context of a part after which `more` come: gradients are averaged in the last."""
         if self.sharded:
             self.together.set_requires_gradient_sync(not more)
-        return self.together.no_sync() if more and self.together and not self.sharded else (
-            nullcontext())
+            return nullcontext()
+        return self.together.no_sync() if more and self.together else nullcontext()
 
     def train_step(self):
         """One step -> its losses, still on the device."""

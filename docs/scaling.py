@@ -7,7 +7,6 @@ of docs/scaling.md.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 

@@ -429,6 +429,10 @@ def test_an_autoencoder_is_reused_for_the_same_pictures_alone(runs, folder, plai
 def test_a_checkpoint_holds_tensors_and_plain_values_alone(runs, name):
     saved = torch.load(runs / name / "checkpoint.pt", weights_only=True)
     assert saved["arch"] == SYSTEMS[name][0] and saved["step"] == 3
+    assert {"format", "versions", "config", "train", "model", "ema", "optimizer", "stream",
+            "merges"} <= saved.keys()
+    assert "latent_std" in saved["autoencoders"]["image"]["weights"]
+    assert saved["versions"]["torch"] == torch.__version__
 
 
 def test_mot_has_more_parameters_than_its_host_and_as_many_active_ones(runs):
