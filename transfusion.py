@@ -219,13 +219,16 @@ class Transfusion(nn.Module):
         self.config, self.layout, D = config, layout, config.width
         self.token_embedding = nn.Embedding(layout.size, D)
         self.patch_in, self.patch_out = nn.ModuleDict(), nn.ModuleDict()
-        self.patch_place = nn.ParameterDict()
+        self.patch_place, self.frame_place = nn.ParameterDict(), nn.ParameterDict()
         for kind, shape in enumerate(layout.shapes):
             if shape:
-                name, n = str(kind), self.positions(kind)
-                P = math.prod(shape) // n
-                self.patch_in[name], self.patch_out[name] = nn.Linear(P, D), nn.Linear(D, P)
-                self.patch_place[name] = torch.zeros(n, D)
+                name, n, (_, frames, tube) = self.table(kind), self.positions(kind), self.cut(kind)
+                if frames > tube:
+                    self.frame_place[str(kind)] = torch.zeros(frames // tube, 1, D)
+                if name not in self.patch_in:
+                    P = math.prod(shape) // n
+                    self.patch_in[name], self.patch_out[name] = nn.Linear(P, D), nn.Linear(D, P)
+                    self.patch_place[name] = torch.zeros(n * tube // frames, D)
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
@@ -242,7 +245,7 @@ class Transfusion(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-        for place in self.patch_place.values():
+        for place in (*self.patch_place.values(), *self.frame_place.values()):
             nn.init.normal_(place, std=0.5)
         for out in self.patch_out.values():
             nn.init.zeros_(out.weight)
@@ -257,6 +260,20 @@ class Transfusion(nn.Module):
         frames = self.layout.frames[kind]
         return self.config.patch, frames, min(self.config.tube, frames)
 
+    def table(self, kind):
+        """Whose patches and places a modality has: frames of a clip, cut like pictures, have theirs
+        (and a place in time), any other its own."""
+        (C, h, w), (_, frames, tube) = self.layout.shapes[kind], self.cut(kind)
+        like_pictures = frames > 1 == tube and self.layout.shapes[1] == (C, h // frames, w)
+        return "1" if like_pictures else str(kind)
+
+    def place(self, kind):
+        """The learned places of a span's positions, (n, D)."""
+        place = self.patch_place[self.table(kind)]
+        if str(kind) in self.frame_place:
+            place = (place + self.frame_place[str(kind)]).flatten(0, 1)
+        return place
+
     def backbone(self, x, batch, rope, mask, cache=None):
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -268,8 +285,9 @@ class Transfusion(nn.Module):
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
         for kind, (latents, t) in enumerate(zip(batch.signals, times)):
             if latents is not None:
-                x = self.patch_in[str(kind)](patchify(latents, *self.cut(kind)))    # (spans, n, D)
-                x = x + self.patch_place[str(kind)] + self.time_embedding(t)[:, None]
+                patches = patchify(latents, *self.cut(kind))
+                x = self.patch_in[self.table(kind)](patches)                        # (spans, n, D)
+                x = x + self.place(kind) + self.time_embedding(t)[:, None]
                 parts.append(x.flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
         mask = attention_mask(batch.span, batch.document)
@@ -310,7 +328,7 @@ class Transfusion(nn.Module):
         parts = {"text": average(error.detach(), counted), "text_accuracy": average(right, counted)}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
-                patch_out = self.patch_out[str(kind)]
+                patch_out = self.patch_out[self.table(kind)]
                 predicted = patch_out(by_modality[kind]).float()
                 target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
@@ -427,7 +445,7 @@ class Transfusion(nn.Module):
 
     def velocity(self, prompt, cache, kind, x, t):
         hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
-        patch_out = self.patch_out[str(kind)]
+        patch_out = self.patch_out[self.table(kind)]
         patches = patch_out(hidden).float()                                     # (B, n, P)
         return unpatchify(patches, self.layout.shapes[kind], *self.cut(kind))
 

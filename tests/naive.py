@@ -128,7 +128,7 @@ def generate_latents(model, document, noise, size, spans, steps, guidance):
                 t, velocities = 1 - step / steps, []
                 for prefix, before in ((ids, given + drawn), ([layout.bos, ids[-1]], [])):
                     row = hidden_after(model, prefix + [layout.pad] * n, [*before, (kind, x)], t)
-                    patch_out = model.patch_out[str(kind)]
+                    patch_out = model.patch_out[model.table(kind)]
                     patches = patch_out(row[-n:])[None]
                     velocities.append(transfusion.unpatchify(patches, layout.shapes[kind],
                                                              *model.cut(kind))[0])

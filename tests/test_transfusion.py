@@ -406,3 +406,23 @@ def test_one_batch_is_memorised():
     from_text = (batch.targets >= 0) & (batch.modality == 0)
     assert parts["text"] < small.floor(small.ROWS, from_text) + 0.01
     assert max(parts[data.MODALITIES[kind]] for kind in KINDS) < 0.02
+
+
+@pytest.mark.parametrize("tube, tables", [(1, {"1", "2"}), (2, {"1", "2", "3"})])
+def test_frames_that_are_cut_like_pictures_have_the_places_of_pictures_and_one_in_time(tube,
+                                                                                       tables):
+    torch.manual_seed(0)
+    config = transfusion.TransfusionConfig(**small.SIZE, tube=tube)
+    model = transfusion.Transfusion(config, small.LAYOUT["transfusion"])
+    assert all(part.keys() == tables for part in (model.patch_in, model.patch_out,
+                                                  model.patch_place))
+    assert model.frame_place.keys() == {"3"}
+    pictures, times, clip = (model.patch_place[model.table(3)], model.frame_place["3"],
+                             model.place(3))
+    assert len(clip) == model.positions(3) == 16 // tube and len(times) == 4 // tube
+    for i, place in enumerate(clip):            # four patches of each frame, frame after frame
+        torch.testing.assert_close(place, pictures[i % 4] + times[i // 4, 0])
+    for kind in (1, 2):
+        assert torch.equal(model.place(kind), model.patch_place[str(kind)])
+    alone = transfusion.Transfusion(config, small.layout_of("transfusion", ["video"]))
+    assert alone.patch_in.keys() == {"3"}       # without pictures a clip has its own
