@@ -298,9 +298,12 @@ class Transfusion(nn.Module):
         return self.backbone(x, batch, rope, mask, cache)
 
     def totals(self, batch):
-        """What the loss divides by: targets of text, and real spans of each modality -> (4,)."""
+        """What the loss divides by: targets of text, and patches of all other modalities -> (2,).
+        """
         text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
-        return torch.stack([text, *(real.sum() for real in batch.real[1:])]).float()
+        patches = sum(real.sum() * self.positions(kind) for kind, real in enumerate(batch.real)
+                      if self.layout.shapes[kind])
+        return torch.stack([text, text * 0 + patches]).float()
 
     def loss(self, batch, totals=None):
         """L = L_LM + lambda L_diffusion (Eq. 4) -> (scalar, {name: scalar}).
@@ -332,8 +335,8 @@ class Transfusion(nn.Module):
                 predicted = patch_out(by_modality[kind]).float()
                 target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                mean = (error * batch.real[kind]).sum() / totals[kind]
-                loss = loss + self.config.diffusion_weight * mean
+                mean = (error * batch.real[kind]).sum() * self.positions(kind) / totals[1]
+                loss = loss + self.config.diffusion_weight * mean       # of all patches alike
                 parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
         return loss, parts
 
