@@ -175,6 +175,10 @@ def figure(found, out):
                 panel.loglog(xs, [row["state"] / scale for row in rows], "s--", color="gray",
                              label="weights, gradient, moments")
             panel.set_title(f"exponent {slope:.2f}", fontsize=10)
+            low, high = panel.get_ylim()
+            spare = max(1.0, (20 * low / high) ** 0.5)      # what hardly changes shall look so
+            panel.set_ylim(low / spare, high * spare)
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.set_xticks(xs, [str(x) for x in xs])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
