@@ -14,8 +14,8 @@ Left out: norm re-ordering and dropout (needed from 7B parameters up), grouped q
     python chameleon.py           one real batch, taken apart: seconds, no training
     python train.py chameleon     train it: minutes on a laptop
 
-Symbols: B rows, T positions, D width, H heads, h head width, M modalities, S new positions
-beside a cache, L positions in the cache, V ids of the vocabulary. Masks: True = may attend.
+Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache, L
+positions in the cache, N positions of all rows, V ids of the vocabulary. Masks: True = may attend.
 """
 
 import math
@@ -192,6 +192,18 @@ class Cache:
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
+def average(values, weights):
+    """The weighted mean; nan without any weight."""
+    return (values * weights).sum() / weights.sum()
+
+
+def choose(logits, temperature):
+    """logits (B, V) -> (B,): the best at temperature 0, else a sample."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+
+
 # --- model ---------------------------------------------------------------------------------------
 
 class Chameleon(nn.Module):
@@ -202,8 +214,9 @@ class Chameleon(nn.Module):
         self.token_embedding = nn.Embedding(layout.size, config.width)
         self.counts = [self.positions(kind) if shape else 0
                        for kind, shape in enumerate(layout.shapes)]
-        self.per_frame = [max(1, n // f) for n, f in zip(self.counts, layout.frames)]
-        self.place_embedding = nn.Embedding(1 + max(self.per_frame), config.width)  # 0: in text
+        per_frame = [max(1, n // f) for n, f in zip(self.counts, layout.frames)]
+        self.register_buffer("per_frame", torch.tensor(per_frame), persistent=False)
+        self.place_embedding = nn.Embedding(1 + max(per_frame), config.width)       # 0: in text
         self.frame_embedding = nn.Embedding(max(layout.frames), config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -228,13 +241,14 @@ class Chameleon(nn.Module):
         return math.prod(self.layout.shapes[kind][1:])
 
     def backbone(self, x, batch, rope, mask, cache=None):
+        """x (B, S, D) through all blocks; batch: what mot.py routes by."""
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         return self.norm(x)
 
     def forward(self, batch, cache=None):
         """Ids of text and codes alike -> hidden states (B, S, D)."""
-        n = torch.tensor(self.per_frame, device=batch.tokens.device)[batch.modality]    # (B, S)
+        n = self.per_frame[batch.modality]                                              # (B, S)
         before = (batch.place - 1).clamp(min=0)         # codes of the span that come before
         place = torch.where(batch.place > 0, before % n + 1, 0)
         x = (self.token_embedding(batch.tokens) + self.place_embedding(place)
@@ -265,7 +279,7 @@ class Chameleon(nn.Module):
         loss = ((error + self.config.z_loss * drift) * counted).sum() / totals[0].clamp(min=1)
         said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         right = (said == logits.amax(-1)).float()       # an argmax is slower
-        text = counted * (targets < self.layout.codes[0][0])
+        text = counted * (targets < self.layout.first_code)
         parts = {"text": average(error.detach(), text), "text_accuracy": average(right, text),
                  "log_z_squared": average(drift.detach(), counted)}
         kinds = F.pad(batch.modality[:, 1:], (0, 1)).flatten()      # those of the targets
@@ -282,7 +296,7 @@ class Chameleon(nn.Module):
             if len(tokens[kind]):
                 share = self.config.code_noise * torch.rand(len(batch.shown[kind]), 1,
                                                             device=batch.tokens.device)
-                share = share * ~batch.shown[kind][:, None]     # words follow: seen as it is
+                share = share * ~batch.shown[kind][:, None]     # what is to be read: as it is
                 seen = replace_codes(tokens[kind].view(len(share), -1), share, codes)
                 parts.append(seen.flatten())
         return torch.cat(parts)[batch.inverse].view(batch.tokens.shape)
@@ -347,7 +361,7 @@ class Chameleon(nn.Module):
 
     def extend(self, prompt, cache, keep, last, kind, place):
         """Run the last id of each row (B,) after the cache -> (B, 1, D); `keep` rows keep it."""
-        modality = kind * (last >= self.layout.codes[0][0])         # brackets of a span are text
+        modality = kind * (last >= self.layout.first_code)          # brackets of a span are text
         order = modality.argsort(stable=True)           # which rows write codes; MoT routes by it
         sizes = tuple(torch.bincount(modality, minlength=4).tolist())
         step = prompt._replace(tokens=last[:, None], document=torch.ones_like(last)[:, None],
@@ -356,18 +370,6 @@ class Chameleon(nn.Module):
         hidden = self(step, cache)
         cache.lengths += keep
         return hidden
-
-
-def average(values, weights):
-    """The weighted mean; nan without any weight."""
-    return (values * weights).sum() / weights.sum()
-
-
-def choose(logits, temperature):
-    """logits (B, V) -> (B,): the best at temperature 0, else a sample."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 
 def main():

@@ -9,7 +9,7 @@ A *batch* packs whole documents, side by side, into rows of one length.  Every p
 a modality, the number of its span and the number of its document; all four systems read the same
 batch, and differ only in what stands in the positions of a span: ids of codes (Chameleon) or latent
 vectors (Transfusion).  Shapes never change from batch to batch, not even how many positions each
-modality has, so that a model is compiled once.
+modality has, so that a model is compiled once (twice, where some documents are long: `Alternate`).
 
 Text ids come first in the vocabulary, then the special tokens, then the codes of each modality.
 """
@@ -45,7 +45,12 @@ class Layout(NamedTuple):
     end: tuple                  # by modality: the id that closes it
     codes: tuple                # by modality: (first, last + 1) of the ids of its codes
     shapes: tuple               # by modality: (C, h, w) of its encoded signals, None without any
-    frames: tuple               # by modality: how many of them, one below the other, make a span
+    frames: tuple               # by modality: frames of a span, one below the other; clips have 8
+
+    @property
+    def first_code(self):
+        """Ids from here on are codes, of whatever modality."""
+        return self.codes[0][0]
 
 
 class Tokenizer:
@@ -201,7 +206,7 @@ class Batch(NamedTuple):
     sizes: tuple                # by modality: how many positions it has (static)
     signals: tuple              # by modality: encoded signals (spans, C, h, w), or None; in `order`
     real: tuple                 # by modality: (spans,) float, 0.0 for the padding among them
-    shown: tuple                # by modality: (spans,) bool: opens its document, so words follow it
+    shown: tuple                # by modality: (spans,) bool: opens a document that goes on
 
     def to(self, device):
         return Batch(*(tuple(_to(x, device) for x in field) if isinstance(field, tuple)
@@ -219,7 +224,8 @@ def tokenize(document, tokenizer):
 
 
 def good_length(lengths, fill=0.9, step=32):
-    """The shortest row, in steps of 32, that documents of these lengths fill so far, or nearly."""
+    """The shortest row, in steps of 32, that documents of these lengths fill to the share `fill`;
+    else the row that they fill best."""
     rng, fills = np.random.default_rng(0), {}
     sample = rng.choice(lengths, 400).tolist()
     first = step * math.ceil(max(lengths) / step)
@@ -337,8 +343,8 @@ class Batches:
     def shuffled(self, makeup, epoch):
         """The order of an epoch and a chance for each of its places, kept for the next call."""
         if (makeup, epoch) not in self.orders:
-            rng, count = np.random.default_rng((self.seed, makeup, epoch)), len(
-                self.documents[makeup])
+            rng = np.random.default_rng((self.seed, makeup, epoch))
+            count = len(self.documents[makeup])
             self.orders.pop((makeup, epoch - 2), None)
             self.orders[makeup, epoch] = rng.permutation(count), rng.random(count)
         return self.orders[makeup, epoch]

@@ -2,20 +2,22 @@
 
 A dense transformer with one change: each norm, projection and feed-forward has one copy per
 modality, and a position uses the copy of its own. Keys and values of all modalities meet in one
-attention. Twice the parameters for two modalities, and exactly the FLOPs of the dense model.
+attention. Twice the block parameters for two modalities, exactly the FLOPs of the dense model.
 
 Paper: Liang et al. 2024, "Mixture-of-Transformers" (arXiv 2411.04996), Algorithm 1.
 As in the paper: all non-embedding weights untied, deterministic routing by modality, one global
 softmax attention; and both of its settings, Chameleon (discrete) and Transfusion (continuous).
-Simplified: nothing to route by (no balancing loss, no capacity), so only the kernels are left out.
-Positions are sorted by modality once a batch, so that each copy multiplies one contiguous block.
+Otherwise: norms stand where the host has them, before attention and FFN; in Algorithm 1, behind.
+Left out: fused kernels. A modality is known, so there is no router, balancing loss or capacity.
+The order by modality is made once a batch, and positions stay sorted from block to block, so that
+each copy multiplies one contiguous block; only attention sees them in sequence order.
 
     python mot.py                               one real batch, taken apart: seconds, no training
     python train.py mot                         train it inside Transfusion: minutes on a laptop
     python train.py mot --setting chameleon     train it inside Chameleon
 
-Symbols: B rows, T positions, N = B * T positions sorted by modality, D width, H heads, h head
-width, M modalities. Masks: True = may attend.
+Symbols: B rows, T positions, S new positions beside a cache, N = B * S positions sorted by
+modality, D width, H heads, h head width. Masks: True = may attend.
 """
 
 import copy
@@ -68,14 +70,16 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = dense.heads
         self.qkv = Untied(dense.qkv, towers)
-        self.q_norm = Untied(getattr(dense, "q_norm", nn.Identity()), towers)
-        self.k_norm = Untied(getattr(dense, "k_norm", nn.Identity()), towers)
+        self.has_norms = hasattr(dense, "q_norm")       # Chameleon has, Transfusion has not
+        if self.has_norms:
+            self.q_norm, self.k_norm = Untied(dense.q_norm, towers), Untied(dense.k_norm, towers)
         self.out = Untied(dense.out, towers)
 
-    def forward(self, x, batch, rope, mask, cache=None):                            # Algorithm 1
+    def forward(self, x, batch, rope, mask, cache=None):                # Algorithm 1, lines 5-10
         (N, D), (B, S), sizes = x.shape, batch.tokens.shape, batch.sizes
         q, k, v = self.qkv(x, sizes).view(N, 3, self.heads, D // self.heads).unbind(1)  # line 5
-        q, k = self.q_norm(q, sizes), self.k_norm(k, sizes)                         # (N, H, h)
+        if self.has_norms:
+            q, k = self.q_norm(q, sizes), self.k_norm(k, sizes)                     # (N, H, h)
         q, k, v = (Permute.apply(y, batch.inverse, batch.order).view(B, S, self.heads, -1)
                    for y in (q, k, v))                          # line 7: back in sequence order
         q, k = rotate(q, rope), rotate(k, rope)                                     # (B, S, H, h)
@@ -86,7 +90,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A dense block of the host, its parts untied; `untie` names which: norm, attention, ffn."""
+    """A dense block of the host, its parts untied; `untie` names which: norm, attention, ffn (the
+    norms of q and k go with attention)."""
 
     def __init__(self, dense, towers, untie):
         super().__init__()

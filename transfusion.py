@@ -5,18 +5,19 @@ continuous latents and learn to be denoised. Attention is causal, except inside 
 patches all see each other.
 
 Paper: Zhou et al. 2024, "Transfusion" (arXiv 2408.11039).
-As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 2 x 2 latents, the
-timestep embedding added to each patch, loss = LM + 5 x diffusion, guidance, and a limit on the
-noise of an image that stands before its caption (Table 8).
-Instead of DDPM: flow matching (arXiv 2209.03003) with logit-normal times (SD3, arXiv 2403.03206).
+As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 2 x 2 latents, a
+timestep embedding for each patch, loss = LM + 5 x diffusion, guidance, and a limit on the noise of
+an image that stands before its caption (Table 8).
+Instead of DDPM: rectified flow (arXiv 2209.03003), logit-normal times (SD3, arXiv 2403.03206).
 Added: a learned place for each patch; sounds (as spectra) and clips (frame by frame).
 Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
     python transfusion.py           one real batch, taken apart: seconds, no training
     python train.py transfusion     train it: minutes on a laptop
 
-Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache,
-C latent channels, P values of one patch (2 * 2 * C, of a clip `tube` times that).
+Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache, L
+positions in the cache, N signals, C latent channels, V ids of the vocabulary, P values of one patch
+(2 * 2 * C, of a clip `tube` times that), n patches of a span.
 Masks: True = may attend. Time: t = 0 is data, t = 1 is noise.
 """
 
@@ -43,7 +44,7 @@ class TransfusionConfig:
     shown_limit: float = 0.5        # most noise on an image that precedes its words (Table 8)
 
 
-# --- the idea ----------------------------------------------------------------------------------
+# --- the idea ------------------------------------------------------------------------------------
 
 def attention_mask(span, document):
     """Causal, plus full attention inside each span, never across documents (Sec. 3, Fig. 4).
@@ -76,29 +77,26 @@ def guide(conditional, unconditional, guidance):
     return unconditional + guidance * (conditional - unconditional)
 
 
-def average(values, weights):
-    """The weighted mean; nan without any weight."""
-    return (values * weights).sum() / weights.sum()
-
-
 def patchify(latents, patch, frames=1, tube=1):
-    """(N, C, frames * h, w) -> (N, positions, P): raster order of patches, each flattened.
+    """(N, C, height, width) -> (N, n, P): raster order of patches, each flattened.
 
     frames: of a clip, which stand one below the other; a patch spans `tube` of them.
     """
-    N, C, h, w = latents.shape
-    x = latents.reshape(N, C, frames // tube, tube, h // frames // patch, patch, w // patch, patch)
+    N, C, height, width = latents.shape
+    x = latents.reshape(N, C, frames // tube, tube, height // frames // patch, patch,
+                        width // patch, patch)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(N, -1, C * tube * patch * patch)
 
 
 def unpatchify(patches, shape, patch, frames=1, tube=1):
-    """(N, positions, P) -> (N, C, frames * h, w), the inverse; shape is (C, frames * h, w)."""
-    C, h, w = shape
-    x = patches.reshape(-1, frames // tube, h // frames // patch, w // patch, C, tube, patch, patch)
-    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, C, h, w)
+    """(N, n, P) -> (N, C, height, width), the inverse; shape is (C, height, width)."""
+    C, height, width = shape
+    x = patches.reshape(-1, frames // tube, height // frames // patch, width // patch,
+                        C, tube, patch, patch)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, C, height, width)
 
 
-# --- layers ------------------------------------------------------------------------------------
+# --- layers --------------------------------------------------------------------------------------
 
 def rotary(positions, head_width, theta):
     """RoPE (arXiv 2104.09864): positions (B or 1, S) -> cos, sin (B or 1, S, 1, h / 2)."""
@@ -182,7 +180,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Cache:
-    """Keys and values of all blocks, for B rows of different lengths, at most `size`."""
+    """Keys and values of all blocks, B rows of different lengths, up to `size` positions each."""
 
     def __init__(self, B, size, device):
         self.size, self.kept = size, {}
@@ -193,7 +191,7 @@ class Cache:
         return self.lengths[:, None] + torch.arange(S, device=self.lengths.device)
 
     def append(self, layer, k, v):
-        """Write k, v (B, S, H, h) after what each row has; they stay if `lengths` grows."""
+        """Write k, v (B, S, H, h) after what each row has; kept only if `lengths` then grows."""
         if layer not in self.kept:
             self.kept[layer] = [k.new_zeros(len(k), self.size, *k.shape[2:]) for _ in "kv"]
         rows = torch.arange(len(k), device=k.device)[:, None]
@@ -210,11 +208,24 @@ class Cache:
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
-# --- model -------------------------------------------------------------------------------------
+def average(values, weights):
+    """The weighted mean; nan without any weight."""
+    return (values * weights).sum() / weights.sum()
+
+
+def choose(logits, temperature):
+    """logits (B, V) -> (B,): the best at temperature 0, else a sample."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+
+
+# --- model ---------------------------------------------------------------------------------------
 
 class Transfusion(nn.Module):
     def __init__(self, config, layout):
-        """layout: data.Layout, the id ranges and the shape (C, h, w) of each modality's latents."""
+        """layout: data.Layout, id ranges and the shape (C, height, width) of each modality's
+        latents."""
         super().__init__()
         self.config, self.layout, D = config, layout, config.width
         self.token_embedding = nn.Embedding(layout.size, D)
@@ -252,8 +263,8 @@ class Transfusion(nn.Module):
 
     def positions(self, kind):
         """How many positions a span of this modality takes."""
-        C, h, w = self.layout.shapes[kind]
-        return h * w // self.config.patch ** 2 // self.cut(kind)[2]
+        _, height, width = self.layout.shapes[kind]
+        return height * width // self.config.patch ** 2 // self.cut(kind)[2]
 
     def cut(self, kind):
         """How `patchify` cuts a span of this modality: patch side, frames, frames of a patch."""
@@ -261,11 +272,12 @@ class Transfusion(nn.Module):
         return self.config.patch, frames, min(self.config.tube, frames)
 
     def table(self, kind):
-        """Whose patches and places a modality has: frames of a clip, cut like pictures, have theirs
-        (and a place in time), any other its own."""
-        (C, h, w), (_, frames, tube) = self.layout.shapes[kind], self.cut(kind)
-        like_pictures = frames > 1 == tube and self.layout.shapes[1] == (C, h // frames, w)
-        return "1" if like_pictures else str(kind)
+        """The name of its patch layers and places: those of pictures for clips that are cut frame
+        by frame (which have a place in time, too), else its own."""
+        (C, height, width), (_, frames, tube) = self.layout.shapes[kind], self.cut(kind)
+        by_frame = frames > 1 and tube == 1
+        is_picture = self.layout.shapes[1] == (C, height // frames, width)
+        return "1" if by_frame and is_picture else str(kind)
 
     def place(self, kind):
         """The learned places of a span's positions, (n, D)."""
@@ -275,12 +287,16 @@ class Transfusion(nn.Module):
         return place
 
     def backbone(self, x, batch, rope, mask, cache=None):
+        """x (B, S, D) through all blocks; batch: what mot.py routes by."""
         for block in self.blocks:
             x = block(x, rope, mask, cache)
         return self.norm(x)
 
     def forward(self, batch, times, cache=None):
-        """batch, its latents noised to their times, (spans,) each -> hidden states (B, S, D)."""
+        """Ids of text, patches of the rest -> hidden states (B, S, D).
+
+        batch.signals: latents that are noised already; times: by modality, t of each span (spans,).
+        """
         B, S = batch.tokens.shape
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
         for kind, (latents, t) in enumerate(zip(batch.signals, times)):
@@ -289,7 +305,7 @@ class Transfusion(nn.Module):
                 x = self.patch_in[self.table(kind)](patches)                        # (spans, n, D)
                 x = x + self.place(kind) + self.time_embedding(t)[:, None]
                 parts.append(x.flatten(0, 1))
-        x = torch.cat(parts)[batch.inverse].view(B, S, -1)                          # (B, S, D)
+        x = torch.cat(parts)[batch.inverse].view(B, S, -1)      # by modality -> (B, S, D)
         mask = attention_mask(batch.span, batch.document)
         positions = torch.arange(S, device=x.device)[None]
         if cache is not None:
@@ -303,7 +319,7 @@ class Transfusion(nn.Module):
         text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
         patches = sum(real.sum() * self.positions(kind) for kind, real in enumerate(batch.real)
                       if self.layout.shapes[kind])
-        return torch.stack([text, text * 0 + patches]).float()
+        return torch.stack([text, text * 0 + patches]).float()      # a tensor without spans, too
 
     def loss(self, batch, totals=None):
         """L = L_LM + lambda L_diffusion (Eq. 4) -> (scalar, {name: scalar}).
@@ -315,7 +331,7 @@ class Transfusion(nn.Module):
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
                 t = sample_times(len(x_0), self.config.time_mean, self.config.time_std, x_0.device)
-                # a picture that its words describe is seen less noised; in evaluation, as it is
+                # a picture that is to be read is seen less noised; in evaluation, as it is
                 limit = self.config.shown_limit if self.training else 0.0
                 t = torch.where(batch.shown[kind], t * limit, t)
                 times[kind], noise = t, torch.randn_like(x_0)
@@ -335,8 +351,8 @@ class Transfusion(nn.Module):
                 predicted = patch_out(by_modality[kind]).float()
                 target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                mean = (error * batch.real[kind]).sum() * self.positions(kind) / totals[1]
-                loss = loss + self.config.diffusion_weight * mean       # of all patches alike
+                share = (error * batch.real[kind]).sum() * self.positions(kind) / totals[1]
+                loss = loss + self.config.diffusion_weight * share      # each patch counts alike
                 parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
         return loss, parts
 
@@ -371,14 +387,15 @@ class Transfusion(nn.Module):
         hidden = self(prompt, clean, cache)                                         # (B, S, D)
         hidden = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
         cache.lengths += lengths
+        # the null branch of guidance: a document in which nothing stands before the span
         self.extend(prompt, null, 1, torch.full_like(tokens[:, :1], self.layout.bos))
         last = tokens.gather(1, lengths[:, None] - 1)                               # (B, 1)
-        state = self.next_state(last[:, 0], torch.zeros_like(drawn), drawn < spans, lengths < size)
+        state = self.next_state(last[:, 0], drawn < spans, lengths < size)
         while (state >= 0).any():       # by row: 0 writes text, k > 0 draws modality k, -1 is done
             active = (state == 0).long()
             if active.any():            # language modelling, until every row draws or is done
                 logits = self.text_logits(self.head(hidden[:, -1]).float(), size - lengths)
-                last = choose(logits, temperature)
+                last = choose(logits, temperature)[:, None]
             else:                       # diffusion, of all rows that draw this modality
                 kind = int(state.max())
                 active = (state == kind).long()
@@ -389,18 +406,18 @@ class Transfusion(nn.Module):
                 latents[kind][rows, before[rows]] = x_0[rows]
                 lengths, drawn = lengths + active * self.positions(kind), drawn + active
                 last = torch.full_like(last, self.layout.end[kind])
-            place = lengths[:, None].clamp(max=size - 1)
-            kept = tokens.gather(1, place)
-            tokens.scatter_(1, place, torch.where(active[:, None] > 0, last, kept))
+            end = lengths[:, None].clamp(max=size - 1)
+            kept = tokens.gather(1, end)
+            tokens.scatter_(1, end, torch.where(active[:, None] > 0, last, kept))
             lengths = lengths + active
             hidden = self.extend(prompt, cache, active, last)
-            state = torch.where(active > 0, self.next_state(last[:, 0], state, drawn < spans,
-                                                            lengths < size), state)
+            after = self.next_state(last[:, 0], drawn < spans, lengths < size)
+            state = torch.where(active > 0, after, state)
         return tokens, latents
 
-    def next_state(self, last, state, may_draw, has_room):
+    def next_state(self, last, may_draw, has_room):
         """The state of rows (B,) after their last token: draw after a <begin>, stop after <eos>."""
-        state = torch.zeros_like(state)
+        state = torch.zeros_like(last)
         for kind, begin in enumerate(self.layout.begin):
             if begin is not None:
                 state = torch.where(last == begin, torch.where(may_draw, kind, -1), state)
@@ -451,13 +468,6 @@ class Transfusion(nn.Module):
         patch_out = self.patch_out[self.table(kind)]
         patches = patch_out(hidden).float()                                     # (B, n, P)
         return unpatchify(patches, self.layout.shapes[kind], *self.cut(kind))
-
-
-def choose(logits, temperature):
-    """logits (B, ids) -> (B, 1): the best at temperature 0, else a sample."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)
 
 
 def main():

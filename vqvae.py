@@ -1,13 +1,14 @@
 """VQ-VAE and its continuous twin: one convolutional autoencoder, two bottlenecks.
 
-  signal (3, 32, 32) -> encoder -> z_e (8, 8, 8) -> bottleneck -> z_q (8, 8, 8) -> decoder -> signal
+  signal (3, 32, 32) -> encoder -> z_e (C, 8, 8) -> bottleneck -> z_q (C, 8, 8) -> decoder -> signal
                                                  |
             "vq": each of the 64 vectors becomes the nearest of 512 codes   (Chameleon's tokens)
-            "kl": each vector is a Gaussian, hardly squeezed                (Transfusion's latents)
+            "kl": each is the mean of a Gaussian, hardly squeezed           (Transfusion's latents)
 
 Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (arXiv 1711.00937);
 Rombach et al. 2021, "Latent Diffusion" (arXiv 2112.10752) for the KL twin.
-As in the paper: nearest code, straight-through gradient, commitment 0.25, EMA codebook (App. A.1).
+As in the paper: nearest code, straight-through gradient, commitment 0.25.
+Instead of the codebook loss, the paper's own alternative: an EMA codebook (App. A.1).
 Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3); the kl
 decoder learns from noisy latents (RAE, arXiv 2510.11690), since drawn ones are a little off.
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
@@ -16,7 +17,7 @@ Sound is a picture too: `spectrum` makes one of a waveform, `waveform` undoes it
 only the channels, size and strides of the autoencoder change.
 
     python vqvae.py                          the idea on one batch, untrained, in seconds
-    python train.py vqvae                    train the discrete one: ~35 dB, every code in use
+    python train.py vqvae                    train the discrete one: ~36 dB, every code in use
     python train.py vqvae --bottleneck kl    train the continuous one: ~36 dB
 
 Symbols: B batch, C latent channels, K codes, h x w latent grid, z_e encoder output, z_q quantized.
@@ -45,7 +46,7 @@ class VQVAEConfig:
     codebook_decay: float = 0.99        # gamma of App. A.1
     dead_below: float = 0.1             # restart a code chosen less often than this per batch
     kl_weight: float = 1e-4             # per element; nearly no bottleneck, as in latent diffusion
-    latent_noise: float = 0.3           # most noise that the kl decoder learns to see through
+    latent_noise: float = 0.3           # most that the kl decoder learns from, in deviations
 
     @property
     def grid(self):
@@ -155,7 +156,7 @@ def waveform(spectra, rounds=60):
 # --- layers --------------------------------------------------------------------------------------
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(silu(conv3x3(silu(x)))), as in VQ-VAE Sec. 4.1; it starts as the identity."""
+    """x + conv1x1(silu(conv3x3(silu(x)))): VQ-VAE Sec. 4.1, but SiLU; it starts as the identity."""
 
     def __init__(self, width):
         super().__init__()
