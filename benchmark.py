@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from machine import count_flops, peak_memory, precision, say
+from machine import count_flops, fast_bf16, peak_memory, say
 from scores import fresh_cases
 
 PICTURES = 64           # sampled at a time
@@ -85,8 +85,8 @@ def matmul_peak(shapes, device):
 
 
 def measure_steps(trainers, batches, device, rounds=8):
-    """{name: Trainer} over the same batches, the dense model first -> what a step of each costs,
-    and what matrix products of the first one's shapes reach alone.
+    """{name: Trainer} over one stream of batches, the dense model first -> what a step of each
+    costs, and what matrix products of the first one's shapes reach alone.
     """
     batch = next(batches).to(device)
     counted = {name: flops_of(trainer.model, batch) for name, trainer in trainers.items()}
@@ -97,7 +97,7 @@ def measure_steps(trainers, batches, device, rounds=8):
                        rounds, each=5)
     drawing = in_turns(device, {"": lambda: next(batches).to(device)}, 20)[""]
     peak = matmul_peak(next(iter(counted.values()))[1], device)
-    used = peak["bf16" if uses_bf16(device) else "fp32"]
+    used = peak["bf16" if fast_bf16(device) else "fp32"]
     tokens = batch.tokens.numel()
     return {name: {"ms_per_step": 1e3 * taken, "tokens_per_second": tokens / taken,
                    "flops_per_step": counted[name][0],
@@ -105,11 +105,6 @@ def measure_steps(trainers, batches, device, rounds=8):
                    "share_of_peak": counted[name][0] / taken / used,
                    "data_share": drawing / taken} for name, taken in seconds.items()
             } | {"matmul_peak": peak}
-
-
-def uses_bf16(device):
-    with precision(device):
-        return torch.is_autocast_enabled(device.type)
 
 
 # --- sampling ------------------------------------------------------------------------------------
@@ -171,7 +166,7 @@ def whole(batch):
 
 def measure_sampling(systems, size, device, rounds=3):
     """{name: System} -> pictures a second of each, and of the first of them without caches."""
-    name, captions, _ = fresh_cases("image", 1, np.random.default_rng(0), size)
+    _, captions, _ = fresh_cases("image", 1, np.random.default_rng(0), size)
     prompts = captions * PICTURES
 
     def draw(system):
@@ -210,5 +205,5 @@ def report(trainers, batches, systems, device, size):
     found["cached_speedup"] = uncached / cached
     say(f"caches make sampling {found['cached_speedup']:.1f} times as fast")
     return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "bf16": uses_bf16(device), "matmul_peak": peak, "steps": steps, "sampling": sampled,
+            "bf16": fast_bf16(device), "matmul_peak": peak, "steps": steps, "sampling": sampled,
             **found, "peak_memory_mib": peak_memory()}

@@ -214,7 +214,11 @@ class Batch(NamedTuple):
 
 
 def _to(x, device):
-    return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, torch.Tensor):
+        return x
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()              # or the copy would wait
+    return x.to(device, non_blocking=True)
 
 
 def tokenize(document, tokenizer):
@@ -377,7 +381,8 @@ class Batches:
                 document = self.draw(makeup, queue[place])
                 need = measure(document, self.positions)
                 fitting = [f for f in free if f >= need]
-                if fitting and total - need >= reserved:
+                # the first one always goes in, or one that leaves too little would wait for ever
+                if fitting and (total - need >= reserved or not any(rows)):
                     break
                 place += 1
             else:
@@ -418,11 +423,12 @@ class Alternate:
 
     @property
     def state(self):
-        return {"drawn": self.drawn, "streams": [stream.state for stream in self.streams]}
+        return {"batch": self.drawn // self.parts,
+                "streams": [stream.state for stream in self.streams]}
 
     @state.setter
     def state(self, state):
-        self.drawn = state["drawn"]
+        self.drawn = state["batch"] * self.parts        # which may be more or fewer than before
         for stream, kept in zip(self.streams, state["streams"]):
             stream.state = kept
 

@@ -33,6 +33,8 @@ def join_processes():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
+        cpu = torch.device("cpu")       # measured: all shall do as the first one does
+        FAST_BF16["cpu"] = from_first(lambda: fast_bf16(cpu))
 
 
 def rank():
@@ -58,11 +60,9 @@ def added(x):
     return x
 
 
-def any_of(flag, step):
-    """Whether a flag is raised in any process; several of them look only every ten steps."""
-    if world() == 1:
-        return bool(flag)
-    return step % 10 == 0 and bool(added(torch.tensor(float(bool(flag)))))
+def any_of(*flags):
+    """Whether each flag is raised in any process. No device waits: it is on the CPU."""
+    return added(torch.tensor([float(bool(flag)) for flag in flags])).bool().tolist()
 
 
 def from_first(make):
@@ -86,9 +86,12 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16) if fast_bf16(device) else nullcontext()
 
 
-def fast_bf16(device, known={}):
+FAST_BF16 = {}      # by kind of device; a run that goes on does so as it began
+
+
+def fast_bf16(device):
     """Whether bf16 matrix products are worth it; on a CPU measured, once, in a few milliseconds."""
-    if device.type not in known:
+    if device.type not in FAST_BF16:
         if device.type == "cpu":
             seconds = {}
             for dtype in (torch.float32, torch.bfloat16):
@@ -98,10 +101,11 @@ def fast_bf16(device, known={}):
                     a @ b
                     taken = time.perf_counter() - start
                     seconds[dtype] = min(seconds.get(dtype, taken), taken)
-            known["cpu"] = seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+            FAST_BF16["cpu"] = seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
         else:
-            known[device.type] = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return known[device.type]
+            FAST_BF16[device.type] = device.type == "cuda" and torch.cuda.is_bf16_supported(
+                including_emulation=False)
+    return FAST_BF16[device.type]
 
 
 def compiler_exists(device):

@@ -12,7 +12,10 @@ Without a prompt the model decides what comes next, words or a signal, until it 
 
 import argparse
 import os
+import pickle
+import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from transfusion import Transfusion, TransfusionConfig
 from vqvae import READ_BY, VQVAE, Codec, VQVAEConfig
 from worlds import tones
 
-FORMAT = 1                  # of checkpoints; raised when an older reader no longer understands them
+FORMAT = 2                  # of checkpoints; raised when what they hold changes
 
 # (architecture, setting) -> the model, its config, and the bottleneck of the autoencoder it reads
 MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
@@ -154,22 +157,32 @@ def load_checkpoint(path):
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f'there is no checkpoint "{path}"; train one with: python train.py mot')
+    if path.stat().st_size == 0 or not zipfile.is_zipfile(path):     # as torch.save writes them
+        raise InputError(f'"{path}" is not a checkpoint, or cut short')
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # whatever torch, zip or pickle make of a broken or foreign file
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise InputError(f'"{path}" cannot be loaded as a checkpoint: {reason}') from None
-    if not isinstance(saved, dict) or "format" not in saved:
+    except pickle.UnpicklingError:
+        raise InputError(f'"{path}" holds more than tensors and plain values, code perhaps: '
+                         "refused, and nothing in it was run") from None
+    except Exception as error:      # whatever torch and zip make of a broken or foreign file
+        raise InputError(f'"{path}" cannot be loaded as a checkpoint '
+                         f"({type(error).__name__}): it is broken, or of something else") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("format"), int):
         raise InputError(f'"{path}" is not a checkpoint of this project')
-    if saved["format"] > FORMAT:
-        raise InputError(f'"{path}" has format {saved["format"]}, newer than this code knows '
-                         f"({FORMAT}): update the code")
+    if saved["format"] != FORMAT:
+        newer = saved["format"] > FORMAT
+        raise InputError(f'"{path}" has format {saved["format"]}, this code reads {FORMAT}: '
+                         + ("update the code" if newer else "train it again"))
     wanted = ["arch", "autoencoder"]
     if saved.get("arch") != "vqvae":
-        wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema"]
+        wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema",
+                  "train", "model", "optimizer", "step", "seconds", "stream", "digest", "bf16"]
     missing = [name for name in wanted if name not in saved]
     if missing:
         raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint')
+    if saved["arch"] != "vqvae" and (saved["arch"], saved["setting"]) not in MODELS:
+        raise InputError(f'"{path}" is of an architecture that this code does not know: '
+                         f'{saved["arch"]} ({saved["setting"]})')
     return saved
 
 
@@ -198,14 +211,18 @@ def load_system(path, device="cpu"):
     if saved["arch"] == "vqvae":
         raise InputError(f'"{path}" is an autoencoder; '
                          "sample.py talks to chameleon, transfusion and mot")
-    tokenizer = Tokenizer(saved["merges"])
-    autoencoders = {name: load_autoencoder(kept).to(device)
-                    for name, kept in saved["autoencoders"].items()}
-    codecs = {name: Codec(name, autoencoders[READ_BY[name]], frames)
-              for name, frames in saved["codecs"].items()}
-    model = build(saved["arch"], saved["setting"], saved["config"], layout_of(tokenizer, codecs),
-                  saved["mot"])
-    model.load_state_dict(saved["ema"])
+    try:
+        tokenizer = Tokenizer(saved["merges"])
+        autoencoders = {name: load_autoencoder(kept).to(device)
+                        for name, kept in saved["autoencoders"].items()}
+        codecs = {name: Codec(name, autoencoders[READ_BY[name]], frames)
+                  for name, frames in saved["codecs"].items()}
+        model = build(saved["arch"], saved["setting"], saved["config"],
+                      layout_of(tokenizer, codecs), saved["mot"])
+        model.load_state_dict(saved["ema"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise InputError(f'"{path}" holds a model that this code cannot build: it was written by '
+                         "another version, or changed since") from None
     return System(model.to(device), codecs, tokenizer, device)
 
 
@@ -325,6 +342,9 @@ def write(path, save, made):
 
 def run(main):
     """Call a command line's main; what the user got wrong is one sentence and exit code 2."""
+    def terminated(*_):
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except InputError as error:
@@ -334,8 +354,11 @@ def run(main):
         print(f"error: {error}; what was saved before is kept", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        print(stopped if stopped.args else "stopped", file=sys.stderr)
+        print(stopped if stopped.args else "stopped; what was saved before is kept",
+              file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ import scores
 import show
 from corpora import EXAMPLES, folder_corpus, toy_corpus
 from data import (MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows, to_signal)
-from machine import from_first, join_processes, pick_device, precision, rank, say, world
+from machine import (FAST_BF16, fast_bf16, from_first, join_processes, pick_device, precision, rank,
+                     say, world)
 from sample import (FORMAT, MODELS, Codecs, Parser, System, build, layout_of, load_autoencoder,
                     load_checkpoint, run, write_document)
 from trainer import Signals, Trainer, facts
@@ -89,6 +90,10 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
 
+# training options that may differ when a run goes on; what else is given must be as it was
+MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out", "fsdp", "resume",
+              "benchmark", "arch")
+
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
                             "accumulate", "autoencoder_steps"),
@@ -123,7 +128,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     """Train an autoencoder on a corpus's signals, go on with one that was not finished, or load one
     that was -> (VQVAE, its folder). With `resume` there must be one."""
     stored = signals_of(kind, corpus)
-    key = {"data": hashlib.sha256(stored.tobytes()).hexdigest(),
+    key = {"format": FORMAT, "data": hashlib.sha256(stored.tobytes()).hexdigest(),
            "model": dataclasses.asdict(model_config), "steps": config.steps,
            "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
@@ -142,6 +147,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     batches = Signals(stored, parts_of(config), config.seed, AS_PICTURE[kind])
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
     if kept.get("key") == key:
+        FAST_BF16.update(kept["bf16"])
         trainer.resume(kept)
         say(f"autoencoder: {folder} goes on from step {trainer.step}")
     else:
@@ -163,12 +169,13 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
 
     def save(**more):
         if rank() == 0:
-            save_checkpoint(path, {"format": FORMAT, "arch": "vqvae", "key": key,
-                                   "autoencoder": packed(model), **more})
+            save_checkpoint(path, {"arch": "vqvae", "key": key, "autoencoder": packed(model),
+                                   **made_with(device), **more})
 
     trainer.train(f"autoencoder ({kind}, {model_config.bottleneck})",
                   lambda: save(**trainer.state()), max(1, config.steps // 4), progress,
                   how="the same command again")
+    save(**trainer.state())         # with which it goes on here, if it stops before it is scored
     with torch.no_grad(), precision(device):
         model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
     if rank() > 0:
@@ -176,11 +183,18 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
               "reads": kind, **facts(trainer, time.time() - start),
               **autoencoder_scores(kind, model, corpus, held_out, config, device)}
-    save()
     write_json(folder / "report.json", report)
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
     look(folder / "samples.png", f"{folder.name}: reconstructions")
+    save()                          # without the trainer's state: it is done
     return model, folder
+
+
+def made_with(device):
+    """What a checkpoint says of where it was made; a run goes on in the same precision."""
+    return {"format": FORMAT, "bf16": {device.type: fast_bf16(device)},
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                         "numpy": np.__version__}}
 
 
 def parts_of(config):
@@ -218,6 +232,8 @@ def make_folder(folder):
     """Make a run's folder, empty of metrics; InputError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "checkpoint.pt").is_file():        # or --resume might go on from it
+            os.replace(folder / "checkpoint.pt", folder / "previous.pt")
         (folder / "metrics.jsonl").write_text("", encoding="utf-8")
     except OSError as error:
         raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
@@ -264,15 +280,28 @@ def write_json(path, contents):
 
 # --- the runs ------------------------------------------------------------------------------------
 
+def name_of(data):
+    """--data -> what its runs are called."""
+    if data in EXAMPLES:
+        return data
+    name = re.sub(r"\W+", "-", Path(data).resolve().name)
+    return f"{name}-folder" if name in EXAMPLES else name
+
+
 def load_data(config):
-    """--data -> (name, training Corpus, held-out Corpus or None: toy worlds draw theirs fresh)."""
+    """--data -> (training Corpus, held-out Corpus or None: toy worlds draw theirs fresh)."""
     if config.data in EXAMPLES:
         rng = np.random.default_rng(config.seed)
-        return config.data, toy_corpus(config.data, rng, config.examples,
-                                       config.picture_size), None
-    corpus, held_out = folder_corpus(config.data, config.picture_size)
-    name = re.sub(r"\W+", "-", Path(config.data).resolve().name)
-    return f"{name}-folder" if name in EXAMPLES else name, corpus, held_out
+        return toy_corpus(config.data, rng, config.examples, config.picture_size), None
+    return folder_corpus(config.data, config.picture_size)
+
+
+def digest_of(corpus):
+    """What tells whether data is the same."""
+    digest = hashlib.sha256(repr(corpus.documents).encode())
+    for stored in corpus.signals.values():
+        digest.update(stored.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def train_vqvae(config, model_options, resume=False):
@@ -280,7 +309,7 @@ def train_vqvae(config, model_options, resume=False):
     device, bottleneck = pick_device(config.device), model_options.get("bottleneck", "vq")
     if config.data == "stories":
         raise InputError("--data stories: words alone need no autoencoder")
-    name, corpus, held_out = load_data(config)
+    name, (corpus, held_out) = name_of(config.data), load_data(config)
     kinds = sorted({READ_BY[modality] for modality in corpus.signals})
     outs = {kind: config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
             for kind in kinds}
@@ -305,26 +334,43 @@ def with_presets(config, *names):
                                           if not getattr(config, option)})
 
 
-def train_transformer(arch, config, model_options, resume=False):
+def as_before(saved, config, options, given, folder):
+    """The options of a run that goes on: those that it began with, but for what MAY_CHANGE and is
+    given; InputError where anything else is given otherwise -> (TrainConfig, model options)."""
+    before = {**saved["train"], **saved["config"]}
+    for name, value in {**given, **options}.items():
+        same = value == before.get(name, value) or (
+            name == "data" and name_of(value) == name_of(before[name]))
+        if not same and name not in MAY_CHANGE:
+            raise InputError(f'--resume: "{folder}" was trained with --{name.replace("_", "-")} '
+                             f"{before[name]}, not {value}; give the same, or another --out")
+    kept = {name: before[name] for name in saved["train"]
+            if name not in ("data", "device", "out", "fsdp")}
+    now = {name: value for name, value in given.items() if name in kept and name in MAY_CHANGE}
+    return dataclasses.replace(config, **{**kept, **now}), saved["config"]
+
+
+def train_transformer(arch, config, model_options, given):
     """python train.py chameleon, transfusion or mot"""
     begun, setting = time.time(), config.setting if arch == "mot" else arch
-    device, (name, corpus, held_out) = pick_device(config.device), load_data(config)
+    device, name = pick_device(config.device), name_of(config.data)
     folder = folder_of(arch, setting, config, name)
-    kept = from_first(lambda: check_folder(folder, arch, setting))
-    saved = (kept or from_first(lambda: load_checkpoint(folder))) if resume else None
+    saved = from_first(lambda: check_folder(folder, arch, setting))
+    if given["resume"]:
+        saved = saved or from_first(lambda: load_checkpoint(folder))
+        config, model_options = as_before(saved, config, model_options, given, folder)
+        FAST_BF16.update(saved["bf16"])
     config = with_presets(config, setting, f"{setting} {name}", config.size)
+    corpus, held_out = load_data(config)
+    digest = digest_of(corpus)
+    if given["resume"] and saved["digest"] != digest:
+        raise InputError(f'--resume: "{folder}" was trained on other data than "{config.data}" '
+                         "holds now; give the same data, or another --out")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
-                                            name, device)
+                                            name, device, saved if given["resume"] else None)
+    about["digest"] = digest
     trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
-    if saved:
-        if saved.get("merges") != about["merges"]:
-            raise InputError(f'--resume: "{folder}" was trained with other captions; '
-                             "give the same data, or another --out")
-        for part in ("data", "config", "mot", "autoencoder_runs"):
-            if saved.get(part) != about[part]:
-                raise InputError(f'--resume: "{folder}" was trained with {part} {saved.get(part)}, '
-                                 f"this run has {about[part]}; "
-                                 "give the same options, or another --out")
+    if given["resume"]:
         trainer.resume(saved)
     else:
         from_first(lambda: make_folder(folder))
@@ -338,7 +384,7 @@ def train_transformer(arch, config, model_options, resume=False):
                    f"{arch}, step {trainer.step}", held_out, told > 0, count=4)
 
     def save():
-        contents = {**about, **trainer.state()}     # of which each process may hold a share
+        contents = {**about, **trainer.state(everywhere=False)}
         if rank() == 0:
             save_checkpoint(folder / "checkpoint.pt", contents)
 
@@ -364,10 +410,12 @@ def folder_of(arch, setting, config, name):
         + [name] * (name != "shapes")))
 
 
-def prepare(arch, setting, config, model_options, corpus, held_out, name, device, trained=True):
+def prepare(arch, setting, config, model_options, corpus, held_out, name, device, saved=None,
+            trained=True):
     """Tokenize everything once -> (model, batches, codecs, what a checkpoint says of them).
 
-    trained=False leaves the autoencoders as they were made: to measure speed.
+    saved: a checkpoint to go on from, whose autoencoders are used. trained=False leaves them as
+    they were made: to measure speed.
     """
     _, config_class, bottleneck = MODELS[arch, setting]
     model_config = config_class(**{**SIZES[config.size], **model_options})
@@ -388,29 +436,30 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
     plans = plan_rows(corpus, tokenizer, positions, parts_of(config), config.context)
-    kept = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
-                               accumulate=1)
     autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
-    folders = {}
-    for kind in kinds if trained else ():
-        autoencoders[kind], folder = train_autoencoder(
-            kind, corpus, held_out, untrained[kind].config,
-            with_presets(kept, f"vqvae-{bottleneck}", f"vqvae-{bottleneck} {kind}"), device, name)
-        folders[kind] = folder.name
+    if saved:
+        autoencoders = {kind: load_autoencoder(kept).to(device)
+                        for kind, kept in saved["autoencoders"].items()}
+    elif trained:
+        theirs = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
+                                     accumulate=1)
+        for kind in kinds:
+            options = with_presets(theirs, f"vqvae-{bottleneck}", f"vqvae-{bottleneck} {kind}")
+            each = -(-options.batch_size // world())        # pictures of a process, rounded up
+            options = dataclasses.replace(options, batch_size=each * world())
+            autoencoders[kind], _ = train_autoencoder(
+                kind, corpus, held_out, untrained[kind].config, options, device, name)
     codecs = codecs_by(autoencoders)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, positions, rows.count, rows.length,
                        config.seed) for rows in plans]
     parts = config.accumulate * world()
     batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
-    about = {"format": FORMAT, "arch": arch, "setting": setting, "data": name, "mot": mot,
+    about = {**made_with(device), "arch": arch, "setting": setting, "data": name, "mot": mot,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
              "autoencoders": {kind: packed(model) for kind, model in autoencoders.items()},
-             "codecs": {name: codec.frames for name, codec in codecs.items()},
-             "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                          "numpy": np.__version__},
-             "autoencoder_runs": folders}
+             "codecs": {name: codec.frames for name, codec in codecs.items()}}
     return model, batches, codecs, about
 
 
@@ -418,13 +467,13 @@ def measure_speed(arch, config, model_options):
     """python train.py ARCH --benchmark: MoT beside its dense host."""
     setting, device = config.setting if arch == "mot" else arch, pick_device(config.device)
     config = dataclasses.replace(config, examples=config.examples or 4000)
-    name, corpus, held_out = load_data(config)
+    name, (corpus, _) = name_of(config.data), load_data(config)
     if "image" not in corpus.signals:
         raise InputError(f"--benchmark draws pictures, and {name} has none")
     folder = folder_of(arch, setting, config, name)
     check_folder(folder, arch, setting)
     config = with_presets(config, setting, f"{setting} {name}", config.size)
-    model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
+    model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, None,
                                             name, device, trained=False)
     dense = build(setting, setting, about["config"], model.layout)
     mot = build("mot", setting, about["config"], model.layout, {"towers": towers_of(config)})
@@ -575,7 +624,7 @@ def main():
     elif given["arch"] == "vqvae":
         train_vqvae(config, model_options, given["resume"])
     else:
-        train_transformer(given["arch"], config, model_options, given["resume"])
+        train_transformer(given["arch"], config, model_options, given)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import platform
 import re
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from data import EVERY, InputError, to_signal
-from machine import (added, any_of, compiler_exists, count_flops, peak_memory, precision, rank, say,
-                     world)
+from machine import (added, any_of, compiler_exists, count_flops, fast_bf16, peak_memory, precision,
+                     rank, say, world)
 
 PAYS = 1000         # steps from which on a run is compiled: it takes half a minute on a CPU
 SHOWN = ("text", "image", "audio", "video", "reconstruction")      # losses beside the progress bar
@@ -70,8 +70,10 @@ class Trainer:
 
     def compile(self):
         """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
-        if not (self.compiled and self.config.steps >= PAYS and compiler_exists(self.device)
-                and not self.sharded):
+        if not self.compiled or self.sharded or self.config.steps < max(PAYS, self.step + 1):
+            return
+        if not compiler_exists(self.device):
+            say("no compiler found (g++ or clang++): running uncompiled, which is slower")
             return
         start, state = time.time(), copy.deepcopy(self.batches.state)
         try:
@@ -109,7 +111,7 @@ class Trainer:
             seed_everything(self.config.seed, self.step, number)
             with precision(self.device), self.unaveraged(number + world() <= numbers[-1]):
                 loss, parts = (self.together or self.loss)(batch, totals)
-                (loss * world()).backward()
+                (loss * world()).backward()     # of which processes take the mean
             losses.append({"loss": loss.detach(), **parts})
         return {**merged(losses), "loss": added(sum(row["loss"] for row in losses))}
 
@@ -127,7 +129,7 @@ class Trainer:
             group["lr"] = lr
         losses = self.gradients()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
-        self.failed.copy_(self.failed + ~(losses["loss"] + norm).isfinite() > 0)
+        self.failed.copy_((self.failed + ~(losses["loss"] + norm).isfinite()) > 0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -155,11 +157,10 @@ class Trainer:
                 recent.append(self.train_step())
                 self.seconds += time.time() - start
                 bar.update()
-                stopping = any_of(to_stop, self.step)
-                saving = (any_of(stopping or time.time() - last_save > 60, self.step)
-                          or self.step % self.config.save_every == 0)
+                stopping, late = any_of(to_stop, time.time() - last_save > 60)
+                saving = stopping or late or self.step % self.config.save_every == 0
                 logging = self.step % self.log_every == 0 or self.step == self.config.steps
-                if (saving or logging or stopping) and self.failed:     # seen before it is saved
+                if (saving or logging) and self.failed:                 # seen before it is saved
                     self.explain(recent)
                 if logging:
                     row, recent = as_numbers(merged(recent)), []
@@ -191,18 +192,27 @@ class Trainer:
         for step, row in enumerate(rows, self.step - len(rows)):
             if not (row["loss"] + row["gradient_norm"]).isfinite():
                 self.step = step
+                shown = [name for name in (*SHOWN, "gradient_norm") if name in row]
+                broken = [name for name in row if name != "loss" and "_noise_" not in name
+                          and not row[name].isfinite()]     # no nan but a level that none had
                 terms = [f"{name} {row[name].item():.3g}"
-                         for name in (*SHOWN, "gradient_norm") if name in row]
+                         for name in dict.fromkeys([*broken, *shown])]
                 raise InputError(f"the loss is {row['loss'].item():.3g} at step {step + 1} "
                                  f"({', '.join(terms)}), learning rate {self.learning_rate():.2g}: "
                                  "try a lower --lr; the last checkpoint is kept")
 
-    def state(self):
-        """All that going on exactly needs, in however many processes: weights are whole in it."""
+    def state(self, everywhere=True):
+        """All that going on exactly needs, in however many processes: weights are whole in it, off
+        the device. everywhere=False: in the first process; the others help to make it."""
+        def keep(x):            # one at a time: no device need hold all of them
+            if isinstance(x, torch.Tensor):
+                x = whole(x)
+                x = x.cpu() if everywhere or rank() == 0 else None
+            return x
         return {"step": self.step, "seconds": self.seconds, "stream": self.batches.state,
-                **tree_map(whole, {"model": self.model.state_dict(),
-                                   "ema": self.averaged.state_dict(),
-                                   "optimizer": self.optimizer.state_dict()})}
+                **tree_map(keep, {"model": self.model.state_dict(),
+                                  "ema": self.averaged.state_dict(),
+                                  "optimizer": self.optimizer.state_dict()})}
 
     def resume(self, saved):
         for module, kept in ((self.model, saved["model"]), (self.averaged, saved["ema"])):
@@ -217,10 +227,15 @@ class Trainer:
         self.batches.state = saved["stream"]
         if rank() > 0:
             return
-        log = self.out / "metrics.jsonl"        # rows that no checkpoint holds would come twice
-        rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= self.step),
-                       encoding="utf-8")
+        log, rows = self.out / "metrics.jsonl", []
+        if log.is_file():               # whose last row may be torn
+            with suppress(json.JSONDecodeError):
+                for row in log.read_text(encoding="utf-8").splitlines(keepends=True):
+                    if json.loads(row)["step"] <= self.step:    # later ones would come twice
+                        rows.append(row)
+        new = log.with_suffix(".new")
+        new.write_text("".join(rows), encoding="utf-8")
+        os.replace(new, log)
 
 
 class Called(torch.nn.Module):
@@ -248,8 +263,8 @@ def shared_as(mine, x):
 
 
 class Asked:
-    """Within it Ctrl-C and SIGTERM only ask to stop, so that a step is finished; twice is at once.
-    """
+    """Within it Ctrl-C and SIGTERM only ask to stop, so that a step is finished; a second Ctrl-C is
+    at once (a second SIGTERM is not: clusters send it to a process and to what started it)."""
 
     def __init__(self):
         self.asked = False
@@ -266,8 +281,8 @@ class Asked:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def ask(self, *_):
-        if self.asked:
+    def ask(self, number, _):
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt("stopped at once; the last checkpoint is kept")
         self.asked = True
 
@@ -340,7 +355,7 @@ def facts(trainer, wall):
     model.requires_grad_(False)
     return {"seed": trainer.config.seed, "torch": torch.__version__,
             "python": platform.python_version(), "device": str(trainer.device),
-            "bf16": not isinstance(precision(trainer.device), nullcontext),
+            "bf16": fast_bf16(trainer.device),
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "active_parameters": active_parameters(trainer.model), "steps": trainer.step,
             "tokens": round(tokens * trainer.step), "flops": round(flops * trainer.step),

@@ -263,7 +263,7 @@ class VQVAE(nn.Module):
 
     def totals(self, signals):
         """What the loss divides by -> (1,)."""
-        return torch.tensor([float(len(signals))], device=signals.device)
+        return torch.full((1,), float(len(signals)), device=signals.device)
 
     def loss(self, signals, totals=None):
         """signals (B, channels, H, W) in [-1, 1] -> (scalar, {name: scalar}).

@@ -1,6 +1,5 @@
 """benchmark.py: it counts the right products, and what it calls uncached is the same generation."""
 
-import contextlib
 import json
 
 import pytest
@@ -96,7 +95,8 @@ def test_a_benchmark_is_written_and_nothing_is_trained(folder, capsys, monkeypat
 
 
 def test_precision_is_reported_as_it_is(monkeypatch):
-    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        monkeypatch.setattr(benchmark, "precision", lambda device, context=context: context)
-        expected = not isinstance(context, contextlib.nullcontext)
-        assert benchmark.uses_bf16(torch.device("cpu")) is expected
+    for fast in (False, True):
+        monkeypatch.setitem(machine.FAST_BF16, "cpu", fast)
+        with machine.precision(torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") is machine.fast_bf16(torch.device("cpu"))
+            assert torch.is_autocast_enabled("cpu") is fast

@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import wave
 from pathlib import Path
 
@@ -226,7 +228,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_the_checkpoint_before_it_
     kept = Path("mot/checkpoint.pt").read_bytes()
     with pytest.raises(SystemExit):
         call(train.main, "mot", "--data", "pictures", "--out", "mot", "--steps", 150, "--lr", 1e38,
-             *BRIEF)
+             "--resume", *BRIEF)
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("error: the loss is nan at step") and "--lr" in sentence
     assert Path("mot/checkpoint.pt").read_bytes() == kept
@@ -262,9 +264,11 @@ class Malice:
 def bad_checkpoints(place):
     torch.save({"weights": torch.zeros(3)}, place / "foreign.pt")
     torch.save([1, 2], place / "list.pt")
-    torch.save({"format": 1, "arch": "unheard of"}, place / "other.pt")
-    torch.save({"format": sample.FORMAT + 1}, place / "newer.pt")
-    torch.save({"format": 1, "arch": Malice()}, place / "malice.pt")
+    torch.save({"format": sample.FORMAT, "arch": "unheard of"}, place / "other.pt")
+    for name, number in (("newer", sample.FORMAT + 1), ("older", 1), ("strange", "two"),
+                         ("tensor", torch.ones(2))):
+        torch.save({"format": number}, place / f"{name}.pt")
+    torch.save({"format": sample.FORMAT, "arch": Malice()}, place / "malice.pt")
     (place / "pickle.pt").write_bytes(pickle.dumps(Malice()))
     (place / "garbage.pt").write_bytes(b"not a checkpoint at all" * 50)
     (place / "empty.pt").write_bytes(b"")
@@ -272,13 +276,30 @@ def bad_checkpoints(place):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name", ["gone", "gone.pt", "directory", "empty.pt", "garbage.pt",
-                                  "foreign.pt", "list.pt", "other.pt", "newer.pt", "malice.pt",
-                                  "pickle.pt"])
-def test_what_is_no_checkpoint_is_named_and_no_code_in_it_runs(folder, capsys, name):
+@pytest.mark.parametrize("name, said", [
+    ("gone", "no checkpoint"), ("gone.pt", "no checkpoint"), ("directory", "no checkpoint"),
+    ("empty.pt", "cut short"), ("garbage.pt", "is not a checkpoint"),
+    ("foreign.pt", "this project"), ("list.pt", "this project"), ("other.pt", "lacks"),
+    ("newer.pt", "update the code"),
+    ("older.pt", "train it again"), ("strange.pt", "this project"), ("tensor.pt", "this project"),
+    ("malice.pt", "code perhaps: refused"), ("pickle.pt", "is not a checkpoint")])
+def test_what_is_no_checkpoint_is_named_and_no_code_in_it_runs(folder, capsys, name, said):
     bad_checkpoints(folder.parent)
-    assert name in refused(capsys, sample.main, name, "a prompt")
+    sentence = refused(capsys, sample.main, name, "a prompt")
+    assert name in sentence and said in sentence
+    assert sentence[:-1].isprintable()              # no colours of a terminal
     assert not Path("it-ran").exists()
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"arch": "gpt"}, "gpt"), ({"config": {"width": 32, "unknown": 1}}, "cannot build"),
+    ({"config": {"width": 64}}, "cannot build"), ({"merges": [[1]]}, "cannot build"),
+    ({"autoencoders": {}}, "cannot build"), ({"codecs": 3}, "cannot build")])
+def test_a_checkpoint_that_was_changed_is_named(runs, tmp_path, capsys, change, said):
+    saved = torch.load(runs / "mot" / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, **change}, tmp_path / "changed.pt")
+    sentence = refused(capsys, sample.main, tmp_path / "changed.pt", "x", place=tmp_path)
+    assert "changed.pt" in sentence and said in sentence
 
 
 def test_a_cut_checkpoint_is_named(runs, tmp_path, capsys):
@@ -356,7 +377,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
     monkeypatch.chdir(mixed)
     sentence = refused(capsys, train.main, "mot", "--out", "mot", *MIXED, "--towers", "0,1,2,1",
                        "--resume")
-    assert "towers" in sentence and "[0, 1, 2, 1]" in sentence and "[0, 1, 2, 3]" in sentence
+    assert "--towers" in sentence and "0,1,2,1" in sentence and "0,1,2,3" in sentence
 
 
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
@@ -658,6 +679,80 @@ def test_resume_goes_on_from_the_last_step(runs, monkeypatch, plain):
     assert json.loads((runs / "longer" / "report.json").read_text())["steps"] == 4
 
 
+def stopped_at(step, monkeypatch, *argv):
+    """Run a command that is asked to stop after so many steps."""
+    with monkeypatch.context() as patch:
+        looks = iter([False] * (step - 1) + [True])
+        patch.setattr(trainer, "any_of", lambda *flags: (next(looks), False))
+        with pytest.raises(SystemExit) as stopped:
+            call(train.main, *argv)
+    assert stopped.value.code == 130
+
+
+@every_system
+def test_a_run_goes_on_elsewhere_and_as_it_began_to_the_very_same_weights(
+        runs, folder, name, monkeypatch, capsys, plain):
+    """Without its autoencoder's folder, which is in the checkpoint, and without its options."""
+    arguments = [*SYSTEMS[name], "--data", "pictures"]
+    options = ["--steps", 6, "--lr", 0.003, "--warmup", 1, "--ema", 0.9, "--depth", 1, *BRIEF]
+    shutil.copytree(runs / "runs", "runs")
+    call(train.main, *arguments, *options, "--out", "straight")
+    stopped_at(4, monkeypatch, *arguments, *options, "--out", "stopped")
+    shutil.rmtree("runs")
+    monkeypatch.setitem(machine.FAST_BF16, "cpu", not machine.FAST_BF16["cpu"])    # as if measured
+    call(train.main, *arguments, "--out", "stopped", "--resume")
+    assert not Path("runs").exists()                # no autoencoder was trained
+    one, other = (sample.load_checkpoint(run) for run in ("straight", "stopped"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][key], other[part][key]) for key in one[part])
+    assert {**one["train"], "out": ""} == {**other["train"], "out": ""} and one["step"] == 6
+    for option, value in (("--ema", 0.5), ("--context", 512), ("--batch-size", 4), ("--depth", 2)):
+        sentence = refused(capsys, train.main, *arguments, "--out", "stopped", "--resume", option,
+                           value)
+        assert option in sentence and str(value) in sentence
+    Image.new("RGB", (32, 32), "white").save(folder / "0.png")
+    assert "other data" in refused(capsys, train.main, *arguments, "--out", "stopped", "--resume")
+
+
+def test_a_new_run_in_the_folder_of_an_old_one_is_not_mistaken_for_it(runs, folder, monkeypatch,
+                                                                      capsys, plain):
+    for part in ("runs", "mot"):
+        shutil.copytree(runs / part, part)
+    old = Path("mot/checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:            # it dies before it has saved
+        patch.setattr(trainer.Trainer, "train_step", lambda self: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            call(train.main, "mot", "--data", "pictures", "--out", "mot", "--steps", 9, *BRIEF)
+    assert Path("mot/previous.pt").read_bytes() == old
+    with pytest.raises(SystemExit):
+        call(train.main, "mot", "--data", "pictures", "--out", "mot", "--resume")
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_sigterm_outside_of_training_is_one_sentence_too(capsys):
+    def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        sample.run(main)
+    assert stopped.value.code == 130 and signal.getsignal(signal.SIGTERM) == before
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_an_autoencoder_that_stopped_while_it_was_scored_is_scored_again(folder, monkeypatch,
+                                                                         plain):
+    arguments = ["vqvae", "--data", folder, "--steps", 3, "--batch-size", 4, "--out", "vqvae"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "autoencoder_scores", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            call(train.main, *arguments)
+    assert sample.load_checkpoint("vqvae")["step"] == 3
+    monkeypatch.setattr(trainer.Trainer, "train_step", lambda self: pytest.fail("trained again"))
+    call(train.main, *arguments)
+    assert json.loads(Path("vqvae/report.json").read_text())["steps"] == 3
+
+
 @pytest.mark.parametrize("bottleneck", ["vq", "kl"])
 def test_an_autoencoder_that_was_stopped_goes_on_to_the_very_same_weights(
         folder, capsys, monkeypatch, plain, bottleneck):
@@ -665,7 +760,8 @@ def test_an_autoencoder_that_was_stopped_goes_on_to_the_very_same_weights(
                  bottleneck]
     call(train.main, *arguments, "--out", "straight")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "any_of", lambda flag, step: step == 3)
+        looks = iter([False, False, True])
+        patch.setattr(trainer, "any_of", lambda *flags: (next(looks), False))
         with pytest.raises(SystemExit) as stopped:
             call(train.main, *arguments, "--out", "stopped")
     assert stopped.value.code == 130

@@ -1,14 +1,17 @@
 """data.py: text comes back, batches are what loops over documents make, folders are read."""
 
+import collections
 import copy
 import doctest
 import json
+import types
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
+import small
 from adapter import load
 
 corpora, data, media = load("corpora"), load("data"), load("media")
@@ -327,6 +330,35 @@ def test_every_document_is_drawn_once_an_epoch_and_packed_or_held_back():
     full, more = divmod(batches.state["drawn"][0], 150)
     assert len(count) == 150 and count.sum() == batches.state["drawn"][0]
     assert sorted(count) == [full] * (150 - more) + [full + 1] * more
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_document_that_leaves_less_room_than_others_need_is_drawn_too(rows):
+    """However few rows a batch has: no document waits for ever, and no batch is empty."""
+    texts = ["ab"] * 30 + ["a" * 24] * 2
+    documents = [[("text", text), ("image", n)] for n, text in enumerate(texts)]
+    batches = data.Batches(data.Corpus(documents, {}), small.TOKENIZER, small.LAYOUT["transfusion"],
+                           small.signals("transfusion", len(texts)), small.POSITIONS, rows, 32,
+                           read=0.0, drop=0.0)
+    seen = collections.Counter()
+    while sum(seen.values()) < 2 * len(texts):
+        drawn = [document for row in batches.fill() for document in row]
+        assert drawn
+        seen.update(document[1][1] for document in drawn)
+    assert len(seen) == len(texts) and max(seen.values()) <= 3
+
+
+def test_streams_go_on_in_turn_when_a_batch_has_other_parts():
+    def stream(name):
+        return types.SimpleNamespace(state={}, name=name)
+    for before, after in ((1, 2), (2, 1), (4, 3)):
+        turns = data.Alternate([stream(0), stream(1)], before)
+        for _ in range(5 * before):
+            turns.turn()
+        other = data.Alternate([stream(0), stream(1)], after)
+        other.state = turns.state
+        order = [other.turn().name for _ in range(4 * after)]
+        assert order == [int(batch % 3 == 2) for batch in range(5, 9) for _ in range(after)]
 
 
 def test_each_make_up_is_gone_through_once_an_epoch_and_seldom_waits():

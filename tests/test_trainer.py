@@ -24,7 +24,7 @@ data, machine, sample, train = load("data"), load("machine"), load("sample"), lo
 trainer = load("trainer")
 
 
-def small_trainer(setting, tmp_path, seed, **options):
+def small_trainer(setting, tmp_path, seed, towers=(0, 1, 2, 3), **options):
     """A trainer of a small model on six pictures and sounds."""
     documents = [[("text", word), ("image", n)]
                  for n, word in enumerate(("red", "or", "green", "or", "blue", "x"))]
@@ -32,18 +32,23 @@ def small_trainer(setting, tmp_path, seed, **options):
                            small.signals(setting), small.POSITIONS, rows=4, length=32)
     config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, ema=0.9)
     torch.manual_seed(seed)
-    return trainer.Trainer(small.randomise(small.untrained(setting, (0, 1, 2, 3)), seed), batches,
-                         config, torch.device("cpu"), tmp_path, compiled=False, **options)
+    return trainer.Trainer(small.randomise(small.untrained(setting, towers), seed), batches, config,
+                           torch.device("cpu"), tmp_path, compiled=False, **options)
 
 
+@pytest.mark.parametrize("towers", [None, (0, 1, 2, 3)], ids=["dense", "mot"])
 @pytest.mark.parametrize("setting", small.SETTINGS)
-def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(setting, tmp_path):
-    straight = small_trainer(setting, tmp_path, seed=0)
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(setting, towers, tmp_path):
+    def begin(seed):
+        run = small_trainer(setting, tmp_path, seed, towers)
+        run.model.train()           # with noise on codes
+        return run
+    straight = begin(seed=0)
     expected = [straight.train_step()["loss"] for _ in range(8)]
-    stopped = small_trainer(setting, tmp_path, seed=0)
+    stopped = begin(seed=0)
     found = [stopped.train_step()["loss"] for _ in range(4)]
     torch.save(stopped.state(), tmp_path / "checkpoint.pt")
-    resumed = small_trainer(setting, tmp_path, seed=1)
+    resumed = begin(seed=1)
     resumed.resume(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     found += [resumed.train_step()["loss"] for _ in range(4)]
     assert found == expected and len(set(expected)) == 8
@@ -226,6 +231,25 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_as_if_it_never
         one, other = (getattr(t, part).state_dict() for t in (straight, again))
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert json.loads(expected[-1])["lr"] == again.learning_rate()
+
+
+def test_the_term_that_is_not_finite_is_named(tmp_path):
+    run = small_trainer("chameleon", tmp_path, seed=0)
+    run.loss = lambda batch, totals: (lambda loss, parts: (loss + math.inf, {
+        **parts, "log_z_squared": torch.tensor(math.inf), "image_noise_0": torch.tensor(math.nan),
+    }))(*run.model.loss(batch, totals))
+    with pytest.raises(data.InputError) as stopped:
+        run.train("a run", lambda: None)
+    assert "(log_z_squared inf" in str(stopped.value) and "noise" not in str(stopped.value)
+
+
+def test_a_log_whose_last_row_is_torn_is_gone_on_with(tmp_path):
+    run = small_trainer("transfusion", tmp_path, seed=0)
+    run.step = 3
+    state, log = run.state(), tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n{"step": 4, "lo')
+    run.resume(state)
+    assert log.read_text() == '{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n'
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
