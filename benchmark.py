@@ -206,4 +206,4 @@ def report(trainers, batches, systems, device, size):
     say(f"caches make sampling {found['cached_speedup']:.1f} times as fast")
     return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "bf16": fast_bf16(device), "matmul_peak": peak, "steps": steps, "sampling": sampled,
-            **found, "peak_memory_mib": peak_memory()}
+            **found, "peak_memory_mib": peak_memory(device)}

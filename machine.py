@@ -113,8 +113,10 @@ def compiler_exists(device):
     return device.type == "cuda" or (device.type == "cpu" and any(map(shutil.which, compilers)))
 
 
-def peak_memory():
-    """Peak resident memory of this process, in MiB."""
+def peak_memory(device):
+    """Most memory that was in use, in MiB: of a GPU that which torch had, else this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
     unit = 1 if sys.platform == "darwin" else 1024      # macOS counts bytes, Linux KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
 

@@ -147,12 +147,13 @@ class MoTChameleon(MixtureOfTransformers, Chameleon):
 
 def main():
     """Take one real batch apart, untrained, beside its dense host."""
-    from show import demo, parameters_by_part, tour
+    from show import demo, flops_per_position, parameters_by_part, tour
     batch, layout = demo("kl")
     torch.manual_seed(0)
     tour(MoTTransfusion(TransfusionConfig(), layout), batch)
-    dense = parameters_by_part(Transfusion(TransfusionConfig(), layout))["in all"]
-    print(f"the dense host has {dense:,} parameters and the same FLOPs: see tests/test_mot.py")
+    dense = Transfusion(TransfusionConfig(), layout)
+    print(f"the dense host has {parameters_by_part(dense)['in all']:,} parameters, and "
+          f"{flops_per_position(dense, batch):,.0f} FLOPs per position")
 
 
 if __name__ == "__main__":

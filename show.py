@@ -264,11 +264,15 @@ def tour(model, batch, ids=40):
     print("\nparameters:")
     for name, count in parameters_by_part(model).items():
         print(f"  {name:<34}{count:>10,}")
+    print(f"\nforward FLOPs per position: {flops_per_position(model, batch):,.0f} "
+          "(training: about three times)")
+
+
+def flops_per_position(model, batch):
+    """Of a forward pass."""
     with count_flops() as counter:
         model.loss(batch)
-    forward = counter.get_total_flops()
-    print(f"\nforward FLOPs per position: {forward / batch.tokens.numel():,.0f} "
-          "(training: about three times)")
+    return counter.get_total_flops() / batch.tokens.numel()
 
 
 def attention_mask_of(model, batch):
@@ -293,13 +297,14 @@ def trace(model, batch):
         return hook
     later = tuple(f"blocks.{i}" for i in range(1, 99))
     for name, module in model.named_modules():
-        if name and name.count(".") <= 2 and not name.startswith(later):
+        shown = name.count(".") <= 2 or re.search(r"\.copies\.\d+$", name)         # towers
+        if name and shown and not name.startswith(later):
             hooks.append(module.register_forward_hook(report(name)))
     with torch.no_grad():
         loss, parts = model.loss(batch)
-    print(f"  {'loss (untrained)':<34}{loss.item():.3f} = "
+    print(f"  {'loss (untrained)':<34}{loss.item():.3f}, before weighting: "
           + ", ".join(f"{name} {value.item():.3f}" for name, value in parts.items()
-                      if "noise" not in name))
+                      if "noise" not in name and "accuracy" not in name))
     for hook in hooks:
         hook.remove()
 

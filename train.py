@@ -181,7 +181,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     if rank() > 0:
         return model, folder
     report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
-              "reads": kind, **facts(trainer, time.time() - start),
+              "reads": kind, **facts(trainer), "wall_seconds": round(time.time() - start, 1),
               **autoencoder_scores(kind, model, corpus, held_out, config, device)}
     write_json(folder / "report.json", report)
     show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
@@ -393,7 +393,7 @@ def train_transformer(arch, config, model_options, given):
     save()
     if rank() > 0:                      # what is left, the first process does alone
         return
-    report = {"arch": arch, "setting": setting, "data": name, **facts(trainer, 0)}
+    report = {"arch": arch, "setting": setting, "data": name, **facts(trainer)}
     report |= (scores.score_toys(system, config.cases, stories_share=told)
                if held_out is None else scores.score_folder(system, held_out, config.cases))
     report["wall_seconds"] = round(time.time() - begun, 1)
@@ -596,8 +596,12 @@ def check(config, given):
         raise InputError("--benchmark is for chameleon, transfusion and mot, and without --resume")
     for name, value in given.items():
         least = 0 if name in ("seed", "warmup") or isinstance(value, float) else 1
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= least:
+        if name == "time_mean" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not value >= least:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    if given.get("lr") == 0:
+        raise InputError("--lr is 0: nothing would be learned")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),
                           ("device", ("auto", "cpu", "cuda", "mps")), ("bottleneck", ("vq", "kl"))):
         value = given.get(name, getattr(config, name, options[0]))

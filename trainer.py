@@ -2,7 +2,7 @@
 and `totals(batch)`, what its loss divides by.
 
 AdamW, warm-up and cosine, clipping, averaged weights, a log of every loss, and a state from which
-a run goes on exactly. It knows nothing of modalities, worlds or files but its own log.
+a run goes on exactly. It knows nothing of worlds, nor of files but its own log.
 """
 
 import copy  # noqa: I001 (long imports are wrapped, not one name a line)
@@ -340,7 +340,7 @@ def active_parameters(model):
                if not re.search(r"copies\.[1-9]", name))
 
 
-def facts(trainer, wall):
+def facts(trainer):
     """What report.json says of any run, beside its scores."""
     tokens = flops = 0
     parts = trainer.config.accumulate * world()
@@ -359,6 +359,6 @@ def facts(trainer, wall):
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "active_parameters": active_parameters(trainer.model), "steps": trainer.step,
             "tokens": round(tokens * trainer.step), "flops": round(flops * trainer.step),
-            "train_seconds": round(trainer.seconds, 1), "wall_seconds": round(wall, 1),
+            "train_seconds": round(trainer.seconds, 1),
             "tokens_per_second": round(tokens * trainer.step / max(trainer.seconds, 1e-9)),
-            "peak_memory_mib": peak_memory()}
+            "peak_memory_mib": peak_memory(trainer.device)}

@@ -367,7 +367,7 @@ def main():
               f"{'codes' if name == 'vq' else 'latents'} {tuple(encoded.shape)} -> decoder "
               f"{tuple(model.decode(encoded).shape)}")
         print(f"parameters {sum(p.numel() for p in model.parameters()):,}; "
-              f"untrained loss {loss.item():.3f} = "
+              f"untrained loss {loss.item():.3f}, before weighting: "
               + ", ".join(f"{part} {value.item():.3f}" for part, value in parts.items()))
         if name == "vq":
             perplexity, used = code_usage(encoded, model.config.codes)

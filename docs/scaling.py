@@ -28,7 +28,7 @@ VOCABULARY, LENGTH = 65_536, 4096           # V and T of Chameleon and MoT
 MODELS = {"100M": (768, 14), "1B": (2048, 20), "7B": (4096, 32)}        # D, L
 PEAK, SHARE = 312e12, 0.40                  # FLOP/s of an A100 in bf16; what a good run gets of it
 STATE = 20          # bytes a parameter: weight, gradient, two moments, average, in fp32
-ACTIVATION = 70     # bytes a position, layer and unit of width: what our blocks keep, see below
+ACTIVATION = 70     # bytes a position, layer and unit of width: what our blocks keep in bf16
 GIB = 2 ** 30
 
 
@@ -147,11 +147,11 @@ def exponent(xs, ys):
 
 
 def exponents(found):
-    """{axis: (of ms, of what is kept for the backward pass)}, over the larger half of its values,
-    where what grows has outgrown what does not."""
+    """{axis: (of ms, of what is kept for the backward pass)}, without the smallest of its values,
+    where what grows has not yet outgrown what does not; of towers, over all."""
     table = {}
     for axis, rows in found.items():
-        upper = rows if axis == "modalities" else rows[len(rows) // 2 - 1:]
+        upper = rows if axis == "modalities" else rows[1:]
         xs = [row["value"] for row in upper]
         table[axis] = [exponent(xs, [row[name] for row in upper]) for name in ("ms", "kept")]
     return table

@@ -132,12 +132,18 @@ def test_the_shapes_are_those_of_the_batch_and_in_the_order_of_the_computation(n
     printed = {part: shape for part, shape in tour.table("shapes, stage by stage").items()
                if part in expected}
     assert list(printed.items()) == [(part, str(shape)) for part, shape in expected.items()]
+    if name == "mot":           # what each tower of a block sees
+        printed = tour.table("shapes, stage by stage")
+        for part in ("attention_norm", "attention.qkv", "attention.out", "ffn_norm", "ffn"):
+            width = 3 * D if part.endswith("qkv") else D
+            assert [printed[f"blocks.0.{part}.copies.{tower}"] for tower in (0, 1)] == [
+                str((text, width)), str((image, width))]
 
 
 @hosts
 def test_the_printed_loss_is_the_sum_of_its_parts_and_of_a_model_that_knows_nothing(name):
     tour = toured(name)
-    loss, parts = tour.table("shapes, stage by stage")["loss (untrained)"].split(" = ")
+    loss, parts = tour.table("shapes, stage by stage")["loss (untrained)"].split(", before weighting: ")
     parts = {part: float(value) for part, value in (pair.split() for pair in parts.split(", "))}
     log_v = torch.tensor(tour.model.layout.size).log().item()
     assert parts["text"] == pytest.approx(log_v, abs=6e-4)
@@ -181,6 +187,7 @@ def test_mot_has_the_flops_of_its_dense_host_and_tells_how_many_parameters_that_
     assert mixture.flops() == dense.flops()
     said = re.search(r"the dense host has ([\d,]+) parameters", mixture.printed)[1]
     assert said == dense.table("parameters")["in all"]
+    assert f"and {dense.flops():,} FLOPs per position" in mixture.printed
     assert number(said) < number(mixture.table("parameters")["in all"])
 
 
@@ -210,7 +217,7 @@ def test_the_shapes_of_a_bottleneck(name, encoder, encoded):
                                                 ("kl", "kl", "kl_weight")])
 def test_the_parameters_and_the_loss_of_a_bottleneck(name, part, weight):
     model = vqvae.VQVAE(vqvae.VQVAEConfig(bottleneck=name))
-    said = re.search(r"parameters ([\d,]+); untrained loss (.*) = (.*)", autoencoders()[name])
+    said = re.search(r"parameters ([\d,]+); untrained loss (.*), before weighting: (.*)", autoencoders()[name])
     assert number(said[1]) == sum(parameter.numel() for parameter in model.parameters())
     parts = {part: float(value) for part, value in (pair.split() for pair in said[3].split(", "))}
     assert list(parts) == ["reconstruction", part] and parts["reconstruction"] > 0
