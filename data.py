@@ -433,16 +433,23 @@ class Alternate:
             stream.state = kept
 
 
-def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
-    """Lists of documents, a list for each row, -> Batch.
+class Laid(NamedTuple):
+    """Rows of documents, as arrays (B, T) of a batch; the ids of codes are still missing."""
+    tokens: np.ndarray
+    modality: np.ndarray
+    span: np.ndarray
+    place: np.ndarray
+    document: np.ndarray
+    lone: np.ndarray            # the end of a span that stands without words
+    signals: list               # by modality: numbers of the signals, in the order of the positions
+    shown: list                 # by modality: whether each opens a document that goes on
 
-    spans: by modality, how many there shall be (None: those there are); padding makes up the rest.
-    finished=False leaves out <eos>; then a span without a signal, (kind, None), is only opened.
-    """
+
+def lay_out(rows, length, layout, positions, finished):
+    """Lists of documents, a list for each row -> Laid; see `pack`."""
     shape = len(rows), length
-    tokens = np.full(shape, layout.pad, np.int64)
+    tokens, lone = np.full(shape, layout.pad, np.int64), np.zeros(shape, bool)
     modality, span, place, owner = (np.zeros(shape, np.int64) for _ in range(4))
-    lone = np.zeros(shape, bool)                # the <eoi> of a picture that stands without words
     signals, shown = [[] for _ in MODALITIES], [[] for _ in MODALITIES]
     for r, documents in enumerate(rows):
         at, count = 0, 0
@@ -460,8 +467,8 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
                 if content is not None:
                     stop, count = at + positions[kind], count + 1
                     modality[r, at:stop], span[r, at:stop] = kind, count
-                    signals[kind].append(content)
                     place[r, at:stop] = range(1, stop - at + 1)
+                    signals[kind].append(content)
                     shown[kind].append(number == 0 and len(document) > 1)
                     tokens[r, stop] = layout.end[kind]
                     at = stop + 1
@@ -470,6 +477,18 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
                 at += 1
             lone[r, at - 2] = finished and len(document) == 1 and document[0][0] > 0
             owner[r, start:at] = d
+    return Laid(tokens, modality, span, place, owner, lone, signals, shown)
+
+
+def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
+    """Lists of documents, a list for each row, -> Batch.
+
+    spans: by modality, how many there shall be (None: those there are); padding makes up the rest.
+    finished=False leaves out <eos>; then a span without a signal, (kind, None), is only opened.
+    """
+    laid = lay_out(rows, length, layout, positions, finished)
+    tokens, modality, owner, signals, shown = (laid.tokens, laid.modality, laid.document,
+                                               laid.signals, laid.shown)
     spans = spans or [len(numbers) for numbers in signals]
     real = tuple(torch.arange(count) < len(numbers) for count, numbers in zip(spans, signals))
     padding = np.flatnonzero(owner.ravel() == 0)
@@ -493,9 +512,9 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
     tokens[owner == 0] = layout.pad
     targets = np.full_like(tokens, IGNORE)
     # a picture whose words were left out says nothing of what follows pictures
-    follows = ~lone[:, :-1] & (owner[:, 1:] == owner[:, :-1]) & (tokens[:, 1:] != layout.pad)
+    follows = ~laid.lone[:, :-1] & (owner[:, 1:] == owner[:, :-1]) & (tokens[:, 1:] != layout.pad)
     targets[:, :-1][follows] = tokens[:, 1:][follows]
-    arrays = [torch.from_numpy(x) for x in (tokens, targets, modality, span, place, owner,
+    arrays = [torch.from_numpy(x) for x in (tokens, targets, modality, laid.span, laid.place, owner,
                                             order, np.argsort(order))]
     return Batch(*arrays, tuple(sizes), tuple(values), tuple(flags.float() for flags in real),
                  tuple(torch.tensor(flags) for flags in shown))

@@ -143,7 +143,8 @@ def test_the_shapes_are_those_of_the_batch_and_in_the_order_of_the_computation(n
 @hosts
 def test_the_printed_loss_is_the_sum_of_its_parts_and_of_a_model_that_knows_nothing(name):
     tour = toured(name)
-    loss, parts = tour.table("shapes, stage by stage")["loss (untrained)"].split(", before weighting: ")
+    said = tour.table("shapes, stage by stage")["loss (untrained)"]
+    loss, parts = said.split(", before weighting: ")
     parts = {part: float(value) for part, value in (pair.split() for pair in parts.split(", "))}
     log_v = torch.tensor(tour.model.layout.size).log().item()
     assert parts["text"] == pytest.approx(log_v, abs=6e-4)
@@ -217,7 +218,8 @@ def test_the_shapes_of_a_bottleneck(name, encoder, encoded):
                                                 ("kl", "kl", "kl_weight")])
 def test_the_parameters_and_the_loss_of_a_bottleneck(name, part, weight):
     model = vqvae.VQVAE(vqvae.VQVAEConfig(bottleneck=name))
-    said = re.search(r"parameters ([\d,]+); untrained loss (.*), before weighting: (.*)", autoencoders()[name])
+    said = re.search(r"parameters ([\d,]+); untrained loss (.*), before weighting: (.*)",
+                     autoencoders()[name])
     assert number(said[1]) == sum(parameter.numel() for parameter in model.parameters())
     parts = {part: float(value) for part, value in (pair.split() for pair in said[3].split(", "))}
     assert list(parts) == ["reconstruction", part] and parts["reconstruction"] > 0
