@@ -222,7 +222,7 @@ def demo_pictures(count, seed=0):
 
 def demo(bottleneck):
     """A real batch of the shapes world and its layout; the autoencoder behind it is untrained."""
-    from sample import layout_of
+    from system import layout_of
     from vqvae import VQVAE, Codec, VQVAEConfig
     torch.manual_seed(0)
     corpus = toy_corpus("shapes", np.random.default_rng(0), 400)

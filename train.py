@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import platform
 import re
 import sys
 import time
@@ -35,16 +34,18 @@ import torch
 import benchmark
 import scores
 import show
+from autoencoders import autoencoder_config, frames_of, parts_of, train_autoencoder
+from checkpoints import (check_folder, load_autoencoder, load_checkpoint, made_with, make_folder,
+                         packed, save_checkpoint, write_json)
 from corpora import EXAMPLES, folder_corpus, toy_corpus
-from data import (MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows, to_signal)
-from machine import (FAST_BF16, fast_bf16, from_first, join_processes, pick_device, precision, rank,
-                     say, world)
-from sample import (FORMAT, MODELS, Codecs, Parser, System, build, layout_of, load_autoencoder,
-                    load_checkpoint, run, write_document)
-from trainer import Signals, Trainer, facts
+from data import MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows
+from machine import FAST_BF16, from_first, join_processes, pick_device, rank, world
+from sample import Parser, run, write_document
+from system import MODELS, Codecs, System, build, layout_of
+from trainer import Trainer, facts
 from transfusion import TransfusionConfig
-from vqvae import BINS, HOP, READ_BY, VQVAE, Codec, VQVAEConfig, code_usage, spectrum
-from worlds import motion, stories, tones
+from vqvae import READ_BY, VQVAE, Codec, VQVAEConfig
+from worlds import motion, stories
 
 
 @dataclass(frozen=True)
@@ -98,184 +99,6 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
                             "accumulate", "autoencoder_steps"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
-
-
-# --- the autoencoders ----------------------------------------------------------------------------
-
-AS_PICTURE = {"image": lambda pictures: pictures, "audio": spectrum}      # what each of them reads
-
-
-def autoencoder_config(kind, config, **options):
-    """The autoencoder of pictures and frames ("image"), or of the spectra of sounds ("audio")."""
-    if kind == "audio":
-        shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
-    else:
-        shape = {"size": (config.picture_size, config.picture_size)}
-    return VQVAEConfig(**{**shape, **options})
-
-
-def signals_of(kind, corpus):
-    """What an autoencoder learns from: of a corpus's clips the first frame of either half."""
-    parts = [corpus.signals[kind]] if kind in corpus.signals else []
-    if kind == "image" and "video" in corpus.signals:
-        clips = corpus.signals["video"]
-        parts.append(clips[:, ::clips.shape[1] // 2].reshape(-1, *clips.shape[2:]))
-    return np.concatenate(parts) if parts else ()
-
-
-def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None,
-                      resume=False):
-    """Train an autoencoder on a corpus's signals, go on with one that was not finished, or load one
-    that was -> (VQVAE, its folder). With `resume` there must be one."""
-    stored = signals_of(kind, corpus)
-    key = {"format": FORMAT, "data": hashlib.sha256(stored.tobytes()).hexdigest(),
-           "model": dataclasses.asdict(model_config), "steps": config.steps,
-           "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-    sort = f"{model_config.bottleneck}-{data_name}" + "-audio" * (kind == "audio")
-    folder = Path(folder or f"runs/vqvae-{sort}-{digest}")
-    path = folder / "checkpoint.pt"
-    kept = from_first(lambda: load_checkpoint(path) if path.is_file() else {})
-    if resume and kept.get("key") != key:
-        raise InputError(f'--resume: "{folder}" holds no run with this data and these options')
-    if kept.get("key") == key and "stream" not in kept:
-        say(f"autoencoder: {folder} (trained before)")
-        return load_autoencoder(kept["autoencoder"]).to(device), folder
-    torch.manual_seed(config.seed)
-    start = time.time()
-    config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
-    batches = Signals(stored, parts_of(config), config.seed, AS_PICTURE[kind])
-    trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
-    if kept.get("key") == key:
-        FAST_BF16.update(kept["bf16"])
-        trainer.resume(kept)
-        say(f"autoencoder: {folder} goes on from step {trainer.step}")
-    else:
-        from_first(lambda: make_folder(folder))
-    model, seen = trainer.model, signals_of(kind, held_out) if held_out else ()
-    shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
-
-    def look(path, title):
-        model.eval()
-        with torch.no_grad(), precision(device):
-            rebuilt = model(shown)
-        model.train()
-        show.reconstructions(shown.cpu(), rebuilt.cpu(), path, title)
-
-    def progress():
-        (folder / "progress").mkdir(exist_ok=True)
-        look(folder / "progress" / f"step-{trainer.step:06d}.png",
-             f"{folder.name}: reconstructions, step {trainer.step}")
-
-    def save(**more):
-        if rank() == 0:
-            save_checkpoint(path, {"arch": "vqvae", "key": key, "autoencoder": packed(model),
-                                   **made_with(device), **more})
-
-    trainer.train(f"autoencoder ({kind}, {model_config.bottleneck})",
-                  lambda: save(**trainer.state()), max(1, config.steps // 4), progress,
-                  how="the same command again")
-    save(**trainer.state())         # with which it goes on here, if it stops before it is scored
-    with torch.no_grad(), precision(device):
-        model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
-    if rank() > 0:
-        return model, folder
-    report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
-              "reads": kind, **facts(trainer), "wall_seconds": round(time.time() - start, 1),
-              **autoencoder_scores(kind, model, corpus, held_out, config, device)}
-    write_json(folder / "report.json", report)
-    show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
-    look(folder / "samples.png", f"{folder.name}: reconstructions")
-    save()                          # without the trainer's state: it is done
-    return model, folder
-
-
-def made_with(device):
-    """What a checkpoint says of where it was made; a run goes on in the same precision."""
-    return {"format": FORMAT, "bf16": {device.type: fast_bf16(device)},
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                         "numpy": np.__version__}}
-
-
-def parts_of(config):
-    """Rows, or pictures, of one part of a batch: each process computes --accumulate of them."""
-    parts = config.accumulate * world()
-    if config.batch_size % parts:
-        raise InputError(f"--batch-size {config.batch_size} does not split into {parts} parts "
-                         f"(--accumulate {config.accumulate}, {world()} processes): change it")
-    return config.batch_size // parts
-
-
-def autoencoder_scores(kind, model, corpus, held_out, config, device):
-    """How well it rebuilds signals of each modality that it reads, and which codes are in use."""
-    reads, report = [name for name in corpus.signals if READ_BY[name] == kind], {}
-    codecs = Codecs({name: Codec(name, model, frames_of(name, corpus)) for name in reads}, device)
-    for name in reads:
-        if held_out is None:
-            report |= scores.score_reconstruction(codecs, name, config.cases)
-        elif name in held_out.signals:
-            report |= scores.score_psnr(codecs, name, held_out, config.cases)
-    if model.config.bottleneck == "vq":
-        codes = torch.cat([codecs.encode(name, corpus.signals[name]).flatten() for name in reads])
-        report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
-    return report
-
-
-def frames_of(name, corpus):
-    """Frames of a clip; 1 of anything else."""
-    return corpus.signals[name].shape[1] if name == "video" else 1
-
-
-# --- what a run writes ---------------------------------------------------------------------------
-
-def make_folder(folder):
-    """Make a run's folder, empty of metrics; InputError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "checkpoint.pt").is_file():        # or --resume might go on from it
-            os.replace(folder / "checkpoint.pt", folder / "previous.pt")
-        (folder / "metrics.jsonl").write_text("", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
-
-
-def check_folder(folder, arch, setting):
-    """The checkpoint that a run's folder holds, or None. InputError where the folder could not be
-    written, or holds a run of another kind: said before the work, not after."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f'--out: "{folder}" cannot be written')
-    if not (folder / "checkpoint.pt").is_file():
-        return None
-    kept = load_checkpoint(folder)
-    if kept["arch"] != arch or kept.get("setting", setting) != setting:
-        raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} '
-                         f'({kept.get("setting", "an autoencoder")}), which this one would '
-                         "overwrite; give another --out, or remove it")
-    return kept
-
-
-def save_checkpoint(path, contents):
-    """Written beside and renamed, so that a run that dies while saving leaves the old one whole."""
-    new = path.with_suffix(".new")
-    try:
-        with open(new, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())         # on the disk, before the old one goes
-        os.replace(new, path)
-    except (OSError, RuntimeError) as error:
-        new.unlink(missing_ok=True)
-        raise InputError(f'"{path}" cannot be written ({error}); the checkpoint before it, if '
-                         "there is one, is kept: go on from it with --resume") from None
-
-
-def packed(autoencoder):
-    return {"config": dataclasses.asdict(autoencoder.config), "weights": autoencoder.state_dict()}
-
-
-def write_json(path, contents):
-    path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 # --- the runs ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sample import load_checkpoint
+from checkpoints import load_checkpoint
 
 KILLS, STEPS = 30, 400
 OPTIONS = ["--data", "pictures", "--autoencoder-steps", "5", "--cases", "4", "--batch-size", "4",

@@ -18,6 +18,7 @@ from PIL import Image
 
 from adapter import ROOT, load
 
+autoencoders, checkpoints, system = load("autoencoders"), load("checkpoints"), load("system")
 corpora, data, machine, media = load("corpora"), load("data"), load("machine"), load("media")
 sample, show, train, trainer = load("sample"), load("show"), load("train"), load("trainer")
 mot, tones = load("mot"), load("worlds.tones")
@@ -264,11 +265,11 @@ class Malice:
 def bad_checkpoints(place):
     torch.save({"weights": torch.zeros(3)}, place / "foreign.pt")
     torch.save([1, 2], place / "list.pt")
-    torch.save({"format": sample.FORMAT, "arch": "unheard of"}, place / "other.pt")
-    for name, number in (("newer", sample.FORMAT + 1), ("older", 1), ("strange", "two"),
+    torch.save({"format": checkpoints.FORMAT, "arch": "unheard of"}, place / "other.pt")
+    for name, number in (("newer", checkpoints.FORMAT + 1), ("older", 1), ("strange", "two"),
                          ("tensor", torch.ones(2))):
         torch.save({"format": number}, place / f"{name}.pt")
-    torch.save({"format": sample.FORMAT, "arch": Malice()}, place / "malice.pt")
+    torch.save({"format": checkpoints.FORMAT, "arch": Malice()}, place / "malice.pt")
     (place / "pickle.pt").write_bytes(pickle.dumps(Malice()))
     (place / "garbage.pt").write_bytes(b"not a checkpoint at all" * 50)
     (place / "empty.pt").write_bytes(b"")
@@ -546,7 +547,7 @@ def test_sample_writes_each_kind_of_file_after_each_kind_of_input(
 def test_sample_prints_what_the_model_says_of_a_file_and_how_it_goes_on_with_words(
         mixed, monkeypatch, capsys, name):
     monkeypatch.chdir(mixed)
-    before, system, said = everything_below("."), sample.load_system(name), set()
+    before, system, said = everything_below("."), checkpoints.load_system(name), set()
     for kind, file in FILE.items():
         signal = {"image": lambda path: media.read_picture(path, PIXELS),
                   "audio": lambda path: media.read_sound(path, tones.LENGTH, tones.RATE),
@@ -573,7 +574,7 @@ def test_a_free_document_is_written_with_its_files(mixed, tmp_path, monkeypatch,
         drawn.append(torch.rand(shape, generator=random) - 0.5)
     document = [("text", "one"), ("image", drawn[0]), ("audio", drawn[1]), ("text", "two"),
                 ("video", drawn[2]), ("image", None)]
-    monkeypatch.setattr(sample.System, "complete", lambda self, prompts, **_: [document])
+    monkeypatch.setattr(system.System, "complete", lambda self, prompts, **_: [document])
     call(sample.main, mixed / name, "--out", "story.md")
     assert Path("story.md").read_text(encoding="utf-8").split("\n\n") == [
         "one", "![image 1](story-1.png)", "[audio 2](story-2.wav)", "two",
@@ -586,7 +587,7 @@ def test_a_free_document_is_written_with_its_files(mixed, tmp_path, monkeypatch,
 def test_towers_that_are_shared_are_trained_saved_and_loaded(mixed, monkeypatch, plain):
     monkeypatch.chdir(mixed)
     call(train.main, "mot", "--out", "three", *MIXED, "--towers", "0,1,2,1")
-    model = sample.load_system("three").model
+    model = checkpoints.load_system("three").model
     untied = [module for module in model.modules() if isinstance(module, mot.Untied)]
     assert untied and all((len(module.copies), list(module.towers)) == (3, [0, 1, 2, 1])
                           for module in untied)
@@ -621,7 +622,8 @@ def test_vqvae_trains_an_autoencoder_of_each_kind_that_a_folder_needs(mixed, mon
         assert {name for name in report if name.endswith("psnr")} == names
         assert (report["reads"], report["setting"]) == (kind, "vq")
         assert 0 < report["codes_used"] <= 1 <= report["perplexity"] <= 512
-        config = sample.load_autoencoder(sample.load_checkpoint(run)["autoencoder"]).config
+        kept = checkpoints.load_checkpoint(run)["autoencoder"]
+        config = checkpoints.load_autoencoder(kept).config
         assert config.channels == (1 if kind == "audio" else 3)
 
 
@@ -702,7 +704,7 @@ def test_a_run_goes_on_elsewhere_and_as_it_began_to_the_very_same_weights(
     monkeypatch.setitem(machine.FAST_BF16, "cpu", not machine.FAST_BF16["cpu"])    # as if measured
     call(train.main, *arguments, "--out", "stopped", "--resume")
     assert not Path("runs").exists()                # no autoencoder was trained
-    one, other = (sample.load_checkpoint(run) for run in ("straight", "stopped"))
+    one, other = (checkpoints.load_checkpoint(run) for run in ("straight", "stopped"))
     for part in ("model", "ema"):
         assert all(torch.equal(one[part][key], other[part][key]) for key in one[part])
     assert {**one["train"], "out": ""} == {**other["train"], "out": ""} and one["step"] == 6
@@ -744,10 +746,10 @@ def test_an_autoencoder_that_stopped_while_it_was_scored_is_scored_again(folder,
                                                                          plain):
     arguments = ["vqvae", "--data", folder, "--steps", 3, "--batch-size", 4, "--out", "vqvae"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "autoencoder_scores", lambda *_: pytest.fail("killed"))
+        patch.setattr(autoencoders, "autoencoder_scores", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             call(train.main, *arguments)
-    assert sample.load_checkpoint("vqvae")["step"] == 3
+    assert checkpoints.load_checkpoint("vqvae")["step"] == 3
     monkeypatch.setattr(trainer.Trainer, "train_step", lambda self: pytest.fail("trained again"))
     call(train.main, *arguments)
     assert json.loads(Path("vqvae/report.json").read_text())["steps"] == 3
@@ -768,7 +770,7 @@ def test_an_autoencoder_that_was_stopped_goes_on_to_the_very_same_weights(
     assert "step 3; to go on, give the same command again" in capsys.readouterr().err
     call(train.main, *arguments, "--out", "stopped", "--resume")
     assert "goes on from step 3" in capsys.readouterr().out
-    one, other = (sample.load_checkpoint(name) for name in ("straight", "stopped"))
+    one, other = (checkpoints.load_checkpoint(name) for name in ("straight", "stopped"))
     assert one.keys() == other.keys() and "stream" not in one
     weights = [kept["autoencoder"]["weights"] for kept in (one, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -21,7 +21,7 @@ import small
 from adapter import ROOT, load
 
 data, machine, sample, train = load("data"), load("machine"), load("sample"), load("train")
-trainer = load("trainer")
+trainer, checkpoints = load("trainer"), load("checkpoints")
 
 
 def small_trainer(setting, tmp_path, seed, towers=(0, 1, 2, 3), **options):
@@ -284,13 +284,13 @@ def files_of_at_most(size):
 
 def test_a_full_disk_is_named_and_leaves_the_old_checkpoint_whole(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    train.save_checkpoint(path, {"weights": torch.arange(5)})
+    checkpoints.save_checkpoint(path, {"weights": torch.arange(5)})
     old = path.read_bytes()
     with files_of_at_most(100_000), pytest.raises(data.InputError) as stopped:
-        train.save_checkpoint(path, {"weights": torch.zeros(1_000_000)})
+        checkpoints.save_checkpoint(path, {"weights": torch.zeros(1_000_000)})
     assert "checkpoint.pt" in str(stopped.value) and "--resume" in str(stopped.value)
     assert path.read_bytes() == old and [*tmp_path.iterdir()] == [path]
-    train.save_checkpoint(path, {"weights": torch.zeros(1_000_000)})       # with room again
+    checkpoints.save_checkpoint(path, {"weights": torch.zeros(1_000_000)})       # with room again
     assert torch.load(path, weights_only=True)["weights"].shape == (1_000_000,)
 
 
@@ -307,7 +307,7 @@ SAVES = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from train import save_checkpoint
+from checkpoints import save_checkpoint
 print("ready", flush=True)
 for number in range(10 ** 9):
     save_checkpoint(Path("checkpoint.pt"), {{"number": torch.full((200_000,), number)}})

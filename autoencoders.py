@@ -1,0 +1,164 @@
+"""The autoencoders behind the models: trained on first use, kept, and reused.
+
+One reads pictures and the frames of clips ("image"), one the spectra of sounds ("audio"). Each is
+kept in runs/ under a name that holds its data and settings, so that one that was trained on other
+data or with other settings is never used silently.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import scores
+import show
+from checkpoints import (
+    FORMAT,
+    load_autoencoder,
+    load_checkpoint,
+    made_with,
+    make_folder,
+    packed,
+    save_checkpoint,
+    write_json,
+)
+from data import InputError, to_signal
+from machine import FAST_BF16, from_first, precision, rank, say, world
+from system import Codecs
+from trainer import Signals, Trainer, facts
+from vqvae import BINS, HOP, READ_BY, VQVAE, Codec, VQVAEConfig, code_usage, spectrum
+from worlds import tones
+
+AS_PICTURE = {"image": lambda pictures: pictures, "audio": spectrum}      # what each of them reads
+
+
+def autoencoder_config(kind, config, **options):
+    """The autoencoder of pictures and frames ("image"), or of the spectra of sounds ("audio")."""
+    if kind == "audio":
+        shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
+    else:
+        shape = {"size": (config.picture_size, config.picture_size)}
+    return VQVAEConfig(**{**shape, **options})
+
+
+def signals_of(kind, corpus):
+    """What an autoencoder learns from: of a corpus's clips the first frame of either half."""
+    parts = [corpus.signals[kind]] if kind in corpus.signals else []
+    if kind == "image" and "video" in corpus.signals:
+        clips = corpus.signals["video"]
+        parts.append(clips[:, ::clips.shape[1] // 2].reshape(-1, *clips.shape[2:]))
+    return np.concatenate(parts) if parts else ()
+
+
+def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None,
+                      resume=False):
+    """Train an autoencoder on a corpus's signals, go on with one that was not finished, or load one
+    that was -> (VQVAE, its folder). With `resume` there must be one."""
+    stored = signals_of(kind, corpus)
+    key = {"format": FORMAT, "data": hashlib.sha256(stored.tobytes()).hexdigest(),
+           "model": dataclasses.asdict(model_config), "steps": config.steps,
+           "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    sort = f"{model_config.bottleneck}-{data_name}" + "-audio" * (kind == "audio")
+    folder = Path(folder or f"runs/vqvae-{sort}-{digest}")
+    path = folder / "checkpoint.pt"
+    kept = from_first(lambda: load_checkpoint(path) if path.is_file() else {})
+    if kept.get("key") != key:
+        if resume:
+            raise InputError(f'--resume: "{folder}" holds no run with this data and these options')
+        kept = {}
+    if kept and "stream" not in kept:
+        say(f"autoencoder: {folder} (trained before)")
+        return load_autoencoder(kept["autoencoder"]).to(device), folder
+    begun, config = time.time(), dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
+    torch.manual_seed(config.seed)
+    batches = Signals(stored, parts_of(config), config.seed, AS_PICTURE[kind])
+    trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
+    if kept:
+        FAST_BF16.update(kept["bf16"])
+        trainer.resume(kept)
+        say(f"autoencoder: {folder} goes on from step {trainer.step}")
+    else:
+        from_first(lambda: make_folder(folder))
+    seen = signals_of(kind, held_out) if held_out else ()
+    shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
+    train_and_save(trainer, shown, kind, {"arch": "vqvae", "key": key})
+    with torch.no_grad(), precision(device):
+        trainer.model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
+    if rank() == 0:
+        report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
+                  "reads": kind, **facts(trainer), "wall_seconds": round(time.time() - begun, 1),
+                  **autoencoder_scores(kind, trainer.model, corpus, held_out, config, device)}
+        write_results(trainer, shown, report, {"arch": "vqvae", "key": key})
+    return trainer.model, folder
+
+
+def train_and_save(trainer, shown, kind, about):
+    """Train to the last step; what is saved says that the autoencoder is not yet finished."""
+    folder, model = trainer.out, trainer.model
+
+    def save():
+        state = {**trainer.state(), **about, **made_with(trainer.device)}
+        if rank() == 0:
+            save_checkpoint(folder / "checkpoint.pt", {"autoencoder": packed(model), **state})
+
+    def progress():
+        (folder / "progress").mkdir(exist_ok=True)
+        look(trainer, shown, folder / "progress" / f"step-{trainer.step:06d}.png",
+             f"{folder.name}: reconstructions, step {trainer.step}")
+    trainer.train(f"autoencoder ({kind}, {model.config.bottleneck})", save,
+                  max(1, trainer.config.steps // 4), progress, how="the same command again")
+    save()                          # with which it goes on here, if it stops before it is scored
+
+
+def write_results(trainer, shown, report, about):
+    """What a finished autoencoder leaves; its checkpoint, the last, has no trainer's state."""
+    folder = trainer.out
+    write_json(folder / "report.json", report)
+    show.curves(folder / "metrics.jsonl", folder / "curves.png", f"{folder.name}: training losses")
+    look(trainer, shown, folder / "samples.png", f"{folder.name}: reconstructions")
+    save_checkpoint(folder / "checkpoint.pt", {"autoencoder": packed(trainer.model), **about,
+                                               **made_with(trainer.device)})
+
+
+def look(trainer, shown, path, title):
+    """A picture of some signals above their reconstructions."""
+    model, training = trainer.model, trainer.model.training
+    model.eval()
+    with torch.no_grad(), precision(trainer.device):
+        rebuilt = model(shown)
+    model.train(training)
+    show.reconstructions(shown.cpu(), rebuilt.cpu(), path, title)
+
+
+def parts_of(config):
+    """Rows, or pictures, of one part of a batch: each process computes --accumulate of them."""
+    parts = config.accumulate * world()
+    if config.batch_size % parts:
+        raise InputError(f"--batch-size {config.batch_size} does not split into {parts} parts "
+                         f"(--accumulate {config.accumulate}, {world()} processes): change it")
+    return config.batch_size // parts
+
+
+def autoencoder_scores(kind, model, corpus, held_out, config, device):
+    """How well it rebuilds signals of each modality that it reads, and which codes are in use."""
+    reads, report = [name for name in corpus.signals if READ_BY[name] == kind], {}
+    codecs = Codecs({name: Codec(name, model, frames_of(name, corpus)) for name in reads}, device)
+    for name in reads:
+        if held_out is None:
+            report |= scores.score_reconstruction(codecs, name, config.cases)
+        elif name in held_out.signals:
+            report |= scores.score_psnr(codecs, name, held_out, config.cases)
+    if model.config.bottleneck == "vq":
+        codes = torch.cat([codecs.encode(name, corpus.signals[name]).flatten() for name in reads])
+        report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
+    return report
+
+
+def frames_of(name, corpus):
+    """Frames of a clip; 1 of anything else."""
+    return corpus.signals[name].shape[1] if name == "video" else 1
