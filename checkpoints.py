@@ -104,7 +104,7 @@ def load_checkpoint(path):
     if saved["format"] != FORMAT:
         newer = saved["format"] > FORMAT
         raise InputError(f'"{path}" has format {saved["format"]}, this code reads {FORMAT}: '
-                         + ("update the code" if newer else "train it again"))
+                         + ("update the code" if newer else "train it again, with another --out"))
     wanted = ["arch", "autoencoder"]
     if saved.get("arch") != "vqvae":
         wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema",

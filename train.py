@@ -170,6 +170,7 @@ def as_before(saved, config, options, given, folder):
     kept = {name: before[name] for name in saved["train"]
             if name not in ("data", "device", "out", "fsdp")}
     now = {name: value for name, value in given.items() if name in kept and name in MAY_CHANGE}
+    FAST_BF16.update(saved["bf16"])
     return dataclasses.replace(config, **{**kept, **now}), saved["config"]
 
 
@@ -182,18 +183,16 @@ def train_transformer(arch, config, model_options, given):
     if given["resume"]:
         saved = saved or from_first(lambda: load_checkpoint(folder))
         config, model_options = as_before(saved, config, model_options, given, folder)
-        FAST_BF16.update(saved["bf16"])
+    saved = saved if given["resume"] else None
     config = with_presets(config, setting, f"{setting} {name}", config.size)
     corpus, held_out = load_data(config)
-    digest = digest_of(corpus)
-    if given["resume"] and saved["digest"] != digest:
+    if saved and saved["digest"] != digest_of(corpus):
         raise InputError(f'--resume: "{folder}" was trained on other data than "{config.data}" '
                          "holds now; give the same data, or another --out")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
-                                            name, device, saved if given["resume"] else None)
-    about["digest"] = digest
+                                            name, device, saved)
     trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
-    if given["resume"]:
+    if saved:
         trainer.resume(saved)
     else:
         from_first(lambda: make_folder(folder))
@@ -214,16 +213,15 @@ def train_transformer(arch, config, model_options, given):
     called = f"{arch} ({setting})" if arch == "mot" else arch
     trainer.train(called, save, max(1, config.steps // 4), progress)
     save()
-    if rank() > 0:                      # what is left, the first process does alone
-        return
-    report = {"arch": arch, "setting": setting, "data": name, **facts(trainer)}
-    report |= (scores.score_toys(system, config.cases, stories_share=told)
-               if held_out is None else scores.score_folder(system, held_out, config.cases))
-    report["wall_seconds"] = round(time.time() - begun, 1)
-    write_json(folder / "report.json", report)
-    title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
-    show_run(system, folder, title, held_out, told > 0, config.seed)
-    finish(folder)
+    if rank() == 0:                     # what is left, the first process does alone
+        report = {"arch": arch, "setting": setting, "data": name, **facts(trainer)}
+        report |= (scores.score_toys(system, config.cases, stories_share=told)
+                   if held_out is None else scores.score_folder(system, held_out, config.cases))
+        report["wall_seconds"] = round(time.time() - begun, 1)
+        write_json(folder / "report.json", report)
+        title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
+        show_run(system, folder, title, held_out, told > 0, config.seed)
+        finish(folder)
 
 
 def folder_of(arch, setting, config, name):
@@ -259,19 +257,13 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
     plans = plan_rows(corpus, tokenizer, positions, parts_of(config), config.context)
-    autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     if saved:
         autoencoders = {kind: load_autoencoder(kept).to(device)
                         for kind, kept in saved["autoencoders"].items()}
     elif trained:
-        theirs = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
-                                     accumulate=1)
-        for kind in kinds:
-            options = with_presets(theirs, f"vqvae-{bottleneck}", f"vqvae-{bottleneck} {kind}")
-            each = -(-options.batch_size // world())        # pictures of a process, rounded up
-            options = dataclasses.replace(options, batch_size=each * world())
-            autoencoders[kind], _ = train_autoencoder(
-                kind, corpus, held_out, untrained[kind].config, options, device, name)
+        autoencoders = trained_like(untrained, corpus, held_out, config, name, device)
+    else:
+        autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     codecs = codecs_by(autoencoders)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, positions, rows.count, rows.length,
@@ -282,8 +274,24 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
              "autoencoders": {kind: packed(model) for kind, model in autoencoders.items()},
-             "codecs": {name: codec.frames for name, codec in codecs.items()}}
+             "codecs": {name: codec.frames for name, codec in codecs.items()},
+             "digest": digest_of(corpus)}
     return model, batches, codecs, about
+
+
+def trained_like(untrained, corpus, held_out, config, name, device):
+    """{kind: VQVAE} -> the same, trained on a corpus: on first use, then kept."""
+    config = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
+                                 accumulate=1)
+    trained = {}
+    for kind, model in untrained.items():
+        preset = f"vqvae-{model.config.bottleneck}"
+        options = with_presets(config, preset, f"{preset} {kind}")
+        each = -(-options.batch_size // world())            # pictures of a process, rounded up
+        options = dataclasses.replace(options, batch_size=each * world())
+        trained[kind], _ = train_autoencoder(kind, corpus, held_out, model.config, options, device,
+                                             name)
+    return trained
 
 
 def measure_speed(arch, config, model_options):

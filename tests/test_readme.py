@@ -66,3 +66,10 @@ def test_a_row_of_the_reading_path_names_files_and_what_is_in_them(row):
         assert found, f"no {name} in {', '.join(files)}"
         for attribute in rest:
             assert hasattr(found[0], attribute), name
+
+
+def test_the_table_of_files_counts_their_lines():
+    rows = re.findall(r"^\| `(\w+\.py)` \|[^|]*\|[^|]*\| (\d+) \|", TEXT, re.M)
+    assert {name for name, _ in rows} == {"vqvae.py", "chameleon.py", "transfusion.py", "mot.py"}
+    for name, lines in rows:
+        assert int(lines) == len((ROOT / name).read_text(encoding="utf-8").splitlines()), name
