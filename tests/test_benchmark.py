@@ -1,12 +1,13 @@
 """benchmark.py: it counts the right products, and what it calls uncached is the same generation."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
 import small
-from adapter import load
+from adapter import ROOT, load
 from test_command_line import SMALL, call, everything_below, folder, plain  # noqa: F401 (fixtures)
 
 benchmark, machine, train = load("benchmark"), load("machine"), load("train")
@@ -100,3 +101,20 @@ def test_precision_is_reported_as_it_is(monkeypatch):
         with machine.precision(torch.device("cpu")):
             assert torch.is_autocast_enabled("cpu") is machine.fast_bf16(torch.device("cpu"))
             assert torch.is_autocast_enabled("cpu") is fast
+
+
+def test_the_documents_given_to_another_implementation_are_those_of_the_batch():
+    spec = importlib.util.spec_from_file_location("alternatives", ROOT / "docs" / "alternatives.py")
+    alternatives = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alternatives)
+    batch, layout = alternatives.a_batch()
+    documents = alternatives.as_segments(batch, layout)
+    assert len(documents) == batch.document.amax(1).sum()
+    text = batch.tokens[(batch.modality == 0) & (batch.document > 0)]
+    assert torch.equal(torch.cat([part for document in documents for part in document
+                                  if part.dtype == torch.int64]), text)
+    patches = [part for document in documents for part in document if part.is_floating_point()]
+    expected = load("transfusion").patchify(batch.signals[1][batch.real[1] > 0], 2)
+    assert torch.equal(torch.stack(patches), expected)
+    for document in documents:
+        assert document[0][0] == layout.bos and document[-1][-1] == layout.eos
