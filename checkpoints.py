@@ -89,7 +89,7 @@ def load_checkpoint(path):
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f'there is no checkpoint "{path}"; train one with: python train.py mot')
-    if path.stat().st_size == 0 or not zipfile.is_zipfile(path):     # as torch.save writes them
+    if not zipfile.is_zipfile(path):        # as torch.save writes them
         raise InputError(f'"{path}" is not a checkpoint, or cut short')
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
