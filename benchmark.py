@@ -139,7 +139,7 @@ class Uncached:
             old = before.signals[kind] if n else None
             new = batch.signals[kind]
             spans = [] if old is None else [
-                old.unflatten(0, (B, -1))[:, :n // self.model.positions(kind)]]
+                old.unflatten(0, (B, -1))[:, :n // self.model.span_lengths[kind]]]
             t = [torch.zeros(x.shape[:2], device=device) for x in spans]
             if new is not None:
                 spans, t = [*spans, new[:, None]], [*t, times[0][kind][:, None]]

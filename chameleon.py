@@ -212,9 +212,9 @@ class Chameleon(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout
         self.token_embedding = nn.Embedding(layout.size, config.width)
-        self.counts = [self.positions(kind) if shape else 0
-                       for kind, shape in enumerate(layout.shapes)]
-        per_frame = [max(1, n // f) for n, f in zip(self.counts, layout.frames)]
+        # by modality, how many positions a span takes: one for each code
+        self.span_lengths = [math.prod(shape[1:]) if shape else 0 for shape in layout.shapes]
+        per_frame = [max(1, n // f) for n, f in zip(self.span_lengths, layout.frames)]
         self.register_buffer("per_frame", torch.tensor(per_frame), persistent=False)
         self.place_embedding = nn.Embedding(1 + max(per_frame), config.width)       # 0: in text
         self.frame_embedding = nn.Embedding(max(layout.frames), config.width)
@@ -235,10 +235,6 @@ class Chameleon(nn.Module):
         nn.init.normal_(self.place_embedding.weight, std=0.5)
         nn.init.normal_(self.frame_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-
-    def positions(self, kind):
-        """How many positions a span of this modality takes: one for each code."""
-        return math.prod(self.layout.shapes[kind][1:])
 
     def backbone(self, x, batch, rope, mask, cache=None):
         """x (B, S, D) through all blocks; batch: what mot.py routes by."""
@@ -324,7 +320,7 @@ class Chameleon(nn.Module):
         self.extend(prompt, null, 1, torch.full_like(last, self.layout.bos), nothing, nothing)
         kind, left, drawn, done = self.advance(last, nothing, nothing, nothing, spans)
         done |= lengths >= size
-        counts, place = torch.tensor(self.counts, device=device), nothing
+        counts, place = torch.tensor(self.span_lengths, device=device), nothing
         while not done.all():
             logits = self.head(hidden[:, -1]).float()                               # (B, V)
             null.lengths.masked_fill_(kind == 0, 1)     # null branch: <bos> <begin>, codes so far
@@ -356,7 +352,7 @@ class Chameleon(nn.Module):
                 opened = (kind == 0) & (last == self.layout.begin[m])
                 stopped = stopped | (opened & (drawn >= spans))
                 kind = kind.masked_fill(opened, m)
-                left = left.masked_fill(opened, self.positions(m))
+                left = left.masked_fill(opened, self.span_lengths[m])
         return kind, left, drawn, stopped
 
     def extend(self, prompt, cache, keep, last, kind, place):

@@ -63,8 +63,7 @@ class System(Codecs):
     def __init__(self, model, codecs, tokenizer, device="cpu"):
         super().__init__(codecs, device)
         self.model, self.tokenizer, self.layout = model.eval(), tokenizer, model.layout
-        self.positions = [model.positions(kind) if shape else 0
-                          for kind, shape in enumerate(model.layout.shapes)]
+        self.positions = model.span_lengths
 
     def complete(self, prompts, spans=1, new_text=64, batch=128, **settings):
         """Go on with prompts [("text", str) | (modality, signal) | (modality, None: to draw), ...].

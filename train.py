@@ -255,8 +255,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     layout = layout_of(tokenizer, codecs_by(untrained))
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
-    positions = [model.positions(kind) if shape else 0 for kind, shape in enumerate(layout.shapes)]
-    plans = plan_rows(corpus, tokenizer, positions, parts_of(config), config.context)
+    plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)
     if saved:
         autoencoders = {kind: load_autoencoder(kept).to(device)
                         for kind, kept in saved["autoencoders"].items()}
@@ -266,8 +265,8 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
         autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     codecs = codecs_by(autoencoders)
     encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
-    streams = [Batches(rows.corpus, tokenizer, layout, encoded, positions, rows.count, rows.length,
-                       config.seed) for rows in plans]
+    streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
+                       rows.length, config.seed) for rows in plans]
     parts = config.accumulate * world()
     batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     about = {**made_with(device), "arch": arch, "setting": setting, "data": name, "mot": mot,

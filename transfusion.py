@@ -231,9 +231,11 @@ class Transfusion(nn.Module):
         self.token_embedding = nn.Embedding(layout.size, D)
         self.patch_in, self.patch_out = nn.ModuleDict(), nn.ModuleDict()
         self.patch_place, self.frame_place = nn.ParameterDict(), nn.ParameterDict()
+        self.span_lengths = [0] * len(layout.shapes)    # by modality, positions that a span takes
         for kind, shape in enumerate(layout.shapes):
             if shape:
-                name, n, (_, frames, tube) = self.table(kind), self.positions(kind), self.cut(kind)
+                name, (_, frames, tube) = self.table(kind), self.cut(kind)
+                n = self.span_lengths[kind] = shape[1] * shape[2] // config.patch ** 2 // tube
                 if frames > tube:
                     self.frame_place[str(kind)] = torch.zeros(frames // tube, 1, D)
                 if name not in self.patch_in:
@@ -260,11 +262,6 @@ class Transfusion(nn.Module):
             nn.init.normal_(place, std=0.5)
         for out in self.patch_out.values():
             nn.init.zeros_(out.weight)
-
-    def positions(self, kind):
-        """How many positions a span of this modality takes."""
-        _, height, width = self.layout.shapes[kind]
-        return height * width // self.config.patch ** 2 // self.cut(kind)[2]
 
     def cut(self, kind):
         """How `patchify` cuts a span of this modality: patch side, frames, frames of a patch."""
@@ -317,7 +314,7 @@ class Transfusion(nn.Module):
         """What the loss divides by: targets of text, and patches of all other modalities -> (2,).
         """
         text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
-        patches = sum(real.sum() * self.positions(kind) for kind, real in enumerate(batch.real)
+        patches = sum(real.sum() * self.span_lengths[kind] for kind, real in enumerate(batch.real)
                       if self.layout.shapes[kind])
         return torch.stack([text, text * 0 + patches]).float()      # a tensor without spans, too
 
@@ -351,7 +348,7 @@ class Transfusion(nn.Module):
                 predicted = patch_out(by_modality[kind]).float()
                 target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                share = (error * batch.real[kind]).sum() * self.positions(kind) / totals[1]
+                share = (error * batch.real[kind]).sum() * self.span_lengths[kind] / totals[1]
                 loss = loss + self.config.diffusion_weight * share      # each patch counts alike
                 parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
         return loss, parts
@@ -381,7 +378,7 @@ class Transfusion(nn.Module):
         tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
         latents = [shape and torch.zeros(B, spans, *shape, device=device)
                    for shape in self.layout.shapes]
-        longest = max([self.positions(kind) for kind in range(4) if self.layout.shapes[kind]] + [1])
+        longest = max(1, *self.span_lengths)
         cache, null = (Cache(B, size + longest, device) for _ in range(2))
         clean = [x if x is None else torch.zeros(len(x), device=device) for x in prompt.signals]
         hidden = self(prompt, clean, cache)                                         # (B, S, D)
@@ -404,7 +401,7 @@ class Transfusion(nn.Module):
                 ends, rows = self.layout.end[kind], active.nonzero()[:, 0]
                 before = (tokens == ends).sum(1) - (prompt.tokens == ends).sum(1)   # of this kind
                 latents[kind][rows, before[rows]] = x_0[rows]
-                lengths, drawn = lengths + active * self.positions(kind), drawn + active
+                lengths, drawn = lengths + active * self.span_lengths[kind], drawn + active
                 last = torch.full_like(last, self.layout.end[kind])
             end = lengths[:, None].clamp(max=size - 1)
             kept = tokens.gather(1, end)
@@ -429,7 +426,7 @@ class Transfusion(nn.Module):
         allowed[:, :self.layout.text] = allowed[:, self.layout.eos] = True
         for kind, shape in enumerate(self.layout.shapes):
             if shape:
-                allowed[:, self.layout.begin[kind]] = room >= self.positions(kind) + 2
+                allowed[:, self.layout.begin[kind]] = room >= self.span_lengths[kind] + 2
         return logits.masked_fill(~allowed, -math.inf)
 
     def extend(self, prompt, cache, keep, tokens=None, kind=0, latents=None, t=0.0):
@@ -437,7 +434,7 @@ class Transfusion(nn.Module):
         B, device = len(prompt.tokens), prompt.tokens.device
         signals, times = [None] * 4, [None] * 4
         if kind:
-            tokens = torch.full((B, self.positions(kind)), self.layout.pad, device=device)
+            tokens = torch.full((B, self.span_lengths[kind]), self.layout.pad, device=device)
             signals[kind], times[kind] = latents, torch.full((B,), t, device=device)
         order = torch.arange(tokens.numel(), device=device)
         sizes = tuple(tokens.numel() if m == kind else 0 for m in range(4))

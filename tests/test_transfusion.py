@@ -421,7 +421,7 @@ def test_frames_that_are_cut_like_pictures_have_the_places_of_pictures_and_one_i
     assert model.frame_place.keys() == {"3"}
     pictures, times, clip = (model.patch_place[model.table(3)], model.frame_place["3"],
                              model.place(3))
-    assert len(clip) == model.positions(3) == 16 // tube and len(times) == 4 // tube
+    assert len(clip) == model.span_lengths[3] == 16 // tube and len(times) == 4 // tube
     for i, place in enumerate(clip):            # four patches of each frame, frame after frame
         torch.testing.assert_close(place, pictures[i % 4] + times[i // 4, 0])
     for kind in (1, 2):
