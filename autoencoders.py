@@ -86,14 +86,15 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         from_first(lambda: make_folder(folder))
     seen = signals_of(kind, held_out) if held_out else ()
     shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
-    train_and_save(trainer, shown, kind, {"arch": "vqvae", "key": key})
+    about = {"arch": "vqvae", "setting": model_config.bottleneck, "key": key}
+    train_and_save(trainer, shown, kind, about)
     with torch.no_grad(), precision(device):
         trainer.model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
     if rank() == 0:
         report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
                   "reads": kind, **facts(trainer), "wall_seconds": round(time.time() - begun, 1),
                   **autoencoder_scores(kind, trainer.model, corpus, held_out, config, device)}
-        write_results(trainer, shown, report, {"arch": "vqvae", "key": key})
+        write_results(trainer, shown, report, about)
     return trainer.model, folder
 
 

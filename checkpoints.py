@@ -42,6 +42,11 @@ def check_folder(folder, arch, setting):
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f'--out: "{folder}" cannot be written')
     if not (folder / "checkpoint.pt").is_file():
+        ours = ("metrics.jsonl", "benchmark.json", "previous.pt")
+        if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists()
+                                                                 for name in ours):
+            raise InputError(f'--out: "{folder}" holds other files than those of a run; '
+                             "give a folder of its own")
         return None
     kept = load_checkpoint(folder)
     if kept["arch"] != arch or kept.get("setting", setting) != setting:
@@ -108,7 +113,8 @@ def load_checkpoint(path):
     wanted = ["arch", "autoencoder"]
     if saved.get("arch") != "vqvae":
         wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema",
-                  "train", "model", "optimizer", "step", "seconds", "stream", "digest", "bf16"]
+                  "train", "model", "optimizer", "step", "seconds", "stream", "digest", "bf16",
+                  "longest_text"]
     missing = [name for name in wanted if name not in saved]
     if missing:
         raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint')
@@ -148,4 +154,4 @@ def load_system(path, device="cpu"):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise InputError(f'"{path}" holds a model that this code cannot build: it was written by '
                          "another version, or changed since") from None
-    return System(model.to(device), codecs, tokenizer, device)
+    return System(model.to(device), codecs, tokenizer, device, saved["longest_text"])

@@ -247,14 +247,15 @@ def good_length(lengths, fill=0.9, step=32):
     return max(fills, key=fills.get)
 
 
-LONG = 256          # positions; the cost of attention grows with the square of a row's length,
-EVERY = 3           # so longer documents are packed into rows of their own, in one batch of three
+LONG = 256          # positions; the cost of attention grows with the square of a row's length, so
+EVERY = 3           # longer documents have rows of their own, in one batch of three at the most
 
 
 class Rows(NamedTuple):
     corpus: Corpus              # what is packed
     count: int                  # rows of a batch
     length: int                 # positions of a row
+    every: int = 1              # one batch of so many is of these rows
 
 
 def plan_rows(corpus, tokenizer, positions, count, length=0):
@@ -272,10 +273,12 @@ def plan_rows(corpus, tokenizer, positions, count, length=0):
     for is_long in (False, True):
         chosen = [i for i, needed in enumerate(lengths) if (needed > LONG) == is_long]
         if chosen:
-            length = good_length([lengths[i] for i in chosen], 0.85 if is_long else 0.9)
+            needed = [lengths[i] for i in chosen]
+            length = good_length(needed, 0.85 if is_long else 0.9)
             rows = max(1, plans[0].count * plans[0].length // length) if plans else count
             part = corpus._replace(documents=[corpus.documents[i] for i in chosen])
-            plans.append(Rows(part, rows, length))
+            every = max(EVERY, round(sum(lengths) / sum(needed))) if plans else 1   # few are rare
+            plans.append(Rows(part, rows, length, every))
     return plans
 
 
@@ -398,13 +401,13 @@ class Batches:
 
 
 class Alternate:
-    """Two streams of batches as one: of each EVERY batches the last comes from the second.
+    """Two streams of batches as one: of each `every` batches the last comes from the second.
 
     A batch may be drawn in parts; those of one batch come from the same stream.
     """
 
-    def __init__(self, streams, parts=1):
-        self.streams, self.parts, self.drawn = streams, parts, 0
+    def __init__(self, streams, every, parts=1):
+        self.streams, self.every, self.parts, self.drawn = streams, every, parts, 0
 
     def __iter__(self):
         return self
@@ -413,13 +416,15 @@ class Alternate:
         """The stream that the next batch comes from."""
         batch = self.drawn // self.parts
         self.drawn += 1
-        return self.streams[batch % EVERY == EVERY - 1]
+        return self.streams[batch % self.every == self.every - 1]
 
     def __next__(self):
         return next(self.turn())
 
-    def skip(self):
-        self.turn().skip()
+    def fill(self):
+        return self.turn().fill()
+
+    skip = fill
 
     @property
     def state(self):

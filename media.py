@@ -39,8 +39,11 @@ def _opened(path, kind):
 def _fit(picture, size):
     """A picture, or one frame of a clip -> uint8 (3, size, size)."""
     from PIL import Image, ImageOps
-    if picture.mode.startswith("I"):                    # 16 bits of grey
-        picture = picture.point(lambda value: value / 256).convert("L")
+    if picture.mode == "F":
+        raise ValueError("its pixels are not whole numbers")
+    if picture.mode.startswith("I"):                    # 16 bits of grey, or 8 in a wider file
+        scale = 256 if picture.getextrema()[1] > 255 else 1
+        picture = picture.point(lambda value: value / scale).convert("L")
     picture = ImageOps.exif_transpose(picture).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture).convert("RGB")

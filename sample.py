@@ -11,6 +11,7 @@ Without a prompt the model decides what comes next, words or a signal, until it 
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -90,6 +91,12 @@ def main():
         raise InputError("give one thing to go on from: a prompt, --image, --audio or --video")
     if args.out and (not os.path.isdir(Path(args.out).parent) or os.path.isdir(args.out)):
         raise InputError(f'--out: "{args.out}" is not a file in a folder that exists')
+    if not (args.temperature >= 0 and math.isfinite(args.temperature)
+            and math.isfinite(args.guidance or 0) and 0 <= args.seed < 2 ** 63):
+        raise InputError("--temperature must be 0 or more, --guidance a finite number, "
+                         "--seed 0 or more and below 2^63")
+    if args.prompt and args.prompt.encode(errors="replace").decode() != args.prompt:
+        raise InputError("the prompt is not valid Unicode")
     system = load_system(args.run, pick_device(args.device))
     torch.manual_seed(args.seed)
     settings = {} if args.guidance is None else {"guidance": args.guidance}

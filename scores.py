@@ -76,7 +76,7 @@ def score_toys(system, count=512, seed=12345, stories_share=0.0):
 
     Scenes come from a seed that training never uses, so their signals are new; two-thing scenes
     and held-out pairs are, nearly always or always, new as scenes too. Signals are drawn as the
-    model's `generate` does by itself. stories_share: of the training documents.
+    model's `generate` does by itself. stories_share: of the documents that training draws.
     """
     torch.manual_seed(seed)
     scores = {}
@@ -170,7 +170,8 @@ def score_stories(system, count, seed, share):
 
 @torch.no_grad()
 def text_loss(system, documents, counts, encoded=None, batch=16):
-    """Mean loss and accuracy of the targets that `counts` picks, over tokenized documents."""
+    """Mean loss and accuracy of the targets that `counts` picks, over tokenized documents; nan
+    where it picks none."""
     length = max(measure(document, system.positions) for document in documents)
     loss = right = total = 0
     for start in range(0, len(documents), batch):
@@ -178,10 +179,11 @@ def text_loss(system, documents, counts, encoded=None, batch=16):
         packed = pack(rows, length, system.layout, system.positions, encoded)
         counted = counts(packed.targets)
         packed = packed._replace(targets=packed.targets.where(counted, IGNORE))
-        parts, n = system.model.loss(packed.to(system.device))[1], int(counted.sum())
-        loss, right = loss + float(parts["text"]) * n, right + float(parts["text_accuracy"]) * n
-        total += n
-    return loss / total, right / total
+        n = int(counted.sum())
+        if n:
+            parts, total = system.model.loss(packed.to(system.device))[1], total + n
+            loss, right = loss + float(parts["text"]) * n, right + float(parts["text_accuracy"]) * n
+    return (loss / total, right / total) if total else (math.nan, math.nan)
 
 
 # --- your own files ------------------------------------------------------------------------------
@@ -201,7 +203,9 @@ def score_folder(system, corpus, count=512):
                      for number, (text, _) in enumerate(pairs)]
         accuracy = text_loss(system, documents, lambda targets:
                              (targets >= 0) & (targets < system.layout.text), {name: encoded})[1]
-        found = {"caption_token_accuracy": accuracy, "caption_exact": right / len(pairs)}
+        found = {"caption_exact": right / len(pairs)}
+        if not math.isnan(accuracy):            # as it is where all captions are empty
+            found["caption_token_accuracy"] = accuracy
         for what, value in found.items():
             scores |= {PREFIX[name] + what: value, f"{PREFIX[name]}{what}_n": len(pairs)}
         scores |= score_psnr(system, name, corpus, count)

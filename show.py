@@ -32,7 +32,7 @@ def _pyplot():
 
 
 def _finish(figure, out, title):
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.savefig(out, dpi=110)
     _pyplot().close(figure)
 
@@ -103,7 +103,7 @@ def draw_signal(axis, name, signal, title=""):
 def _say(axis, text, letters, colour="black"):
     axis.axis("off")
     axis.text(0, 0.5, textwrap.fill(text, letters), fontsize=8, va="center", color=colour,
-              transform=axis.transAxes)
+              transform=axis.transAxes, parse_math=False)       # a $ is a $
 
 
 def verdict(world, scene, wanted):

@@ -60,20 +60,24 @@ class Codecs:
 class System(Codecs):
     """A model with what tokenizes for it: documents of words and signals in, and out."""
 
-    def __init__(self, model, codecs, tokenizer, device="cpu"):
+    def __init__(self, model, codecs, tokenizer, device="cpu", longest_text=0):
+        """longest_text: ids of the longest text that the model learned from."""
         super().__init__(codecs, device)
+        self.new_text = max(64, longest_text + 4)
         self.model, self.tokenizer, self.layout = model.eval(), tokenizer, model.layout
         self.positions = model.span_lengths
 
-    def complete(self, prompts, spans=1, new_text=64, batch=128, **settings):
+    def complete(self, prompts, spans=1, new_text=0, batch=128, **settings):
         """Go on with prompts [("text", str) | (modality, signal) | (modality, None: to draw), ...].
 
         Returns whole documents, signals as tensors. A span that the model began, but `spans` did
-        not let it draw, is None. `settings` go to the model's `generate`.
+        not let it draw, is None. new_text: most ids of text to add (default: as many as the longest
+        text has, and 64 at least). `settings` go to the model's `generate`.
         """
         documents = []
         for start in range(0, len(prompts), batch):
-            documents += self._complete(prompts[start:start + batch], spans, new_text, settings)
+            documents += self._complete(prompts[start:start + batch], spans,
+                                        new_text or self.new_text, settings)
         return documents
 
     def _complete(self, prompts, spans, new_text, settings):

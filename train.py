@@ -18,9 +18,11 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse  # noqa: I001 (long imports are wrapped, not one name a line)
+import copy
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -97,7 +99,7 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "accumulate", "autoencoder_steps"),
+                            "accumulate", "autoencoder_steps", "channels"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -197,8 +199,9 @@ def train_transformer(arch, config, model_options, given):
     else:
         from_first(lambda: make_folder(folder))
     trainer.compile()
-    system = System(trainer.sampler, codecs, Tokenizer(about["merges"]), device)
-    told = share_of_stories(corpus) if held_out is None else 0.0
+    system = System(trainer.sampler, codecs, Tokenizer(about["merges"]), device,
+                    about["longest_text"])
+    told = share_of_stories(batches, system.tokenizer) if held_out is None else 0.0
 
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
@@ -252,10 +255,19 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     def codecs_by(autoencoders):
         return {name: Codec(name, autoencoders[READ_BY[name]], frames_of(name, corpus))
                 for name in corpus.signals}
-    layout = layout_of(tokenizer, codecs_by(untrained))
+    layout, patch = layout_of(tokenizer, codecs_by(untrained)), getattr(model_config, "patch", 1)
+    for modality, codec in codecs_by(untrained).items():
+        if any(side % patch for side in codec.autoencoder.config.grid):
+            raise InputError(f"--patch is {patch}; it must divide the latents of {modality}, "
+                             "{} x {}".format(*codec.autoencoder.config.grid))
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)
+    encoded = {}                        # signals of all modalities: before they are tokenized,
+    streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
+                       rows.length, config.seed) for rows in plans]     # see that batches can be
+    parts = config.accumulate * world()
+    batches = Alternate(streams, plans[1].every, parts) if len(streams) > 1 else streams[0]
     if saved:
         autoencoders = {kind: load_autoencoder(kept).to(device)
                         for kind, kept in saved["autoencoders"].items()}
@@ -264,16 +276,14 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     else:
         autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     codecs = codecs_by(autoencoders)
-    encoded = {name: Codecs(codecs, device).encode(name, corpus.signals[name]) for name in codecs}
-    streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
-                       rows.length, config.seed) for rows in plans]
-    parts = config.accumulate * world()
-    batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
+    for modality in codecs:
+        encoded[modality] = Codecs(codecs, device).encode(modality, corpus.signals[modality])
     about = {**made_with(device), "arch": arch, "setting": setting, "data": name, "mot": mot,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],
              "autoencoders": {kind: packed(model) for kind, model in autoencoders.items()},
              "codecs": {name: codec.frames for name, codec in codecs.items()},
+             "longest_text": max(len(tokenizer.encode(text)) for text in corpus.texts()),
              "digest": digest_of(corpus)}
     return model, batches, codecs, about
 
@@ -331,11 +341,16 @@ def towers_of(config):
     return [int(tower) for tower in towers]
 
 
-def share_of_stories(corpus):
-    """The share of a corpus's documents that stories.py tells."""
-    told = sum(len(document) == 1 and document[0][0] == "text"
-               and stories.grade(document[0][1]) is not None for document in corpus.documents)
-    return told / len(corpus.documents)
+def share_of_stories(batches, tokenizer, count=300):
+    """The share of the documents of so many batches that stories.py tells."""
+    state, told, total = copy.deepcopy(batches.state), 0, 0
+    for _ in range(count):
+        for document in itertools.chain(*batches.fill()):
+            alone = len(document) == 1 and document[0][0] == 0
+            told += alone and stories.grade(tokenizer.decode(document[0][1])) is not None
+            total += 1
+    batches.state = state           # those were not drawn
+    return told / total
 
 
 def show_run(system, folder, title, held_out, told, seed):
@@ -386,7 +401,7 @@ def arguments(argv):
     for title, config_class in groups.items():
         group = parser.add_argument_group(f"{title} options")
         for name, kind, default, text in options_of(config_class):
-            if title == "training" and name in WITHOUT_EFFECT.get(arch, ()):
+            if name in WITHOUT_EFFECT.get(arch, ()):
                 continue
             default = default or PRESETS.get(preset, {}).get(name)
             shown = f" [{default}]" if default else ""
@@ -430,6 +445,8 @@ def check(config, given):
             continue
         if not value >= least:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    if config.seed >= 2 ** 63:
+        raise InputError(f"--seed is {config.seed}; it must be below 2^63")
     if given.get("lr") == 0:
         raise InputError("--lr is 0: nothing would be learned")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),
@@ -442,9 +459,6 @@ def check(config, given):
     if has_one_size(config.data) and config.picture_size != motion.PIXELS:
         raise InputError(f"--picture-size: the pictures of {config.data} have {motion.PIXELS} "
                          "pixels a side")
-    if config.picture_size // 4 % given.get("patch", 1):
-        raise InputError(f"--patch is {given['patch']}; it must divide the latents' side of "
-                         f"{config.picture_size // 4}")
     if motion.FRAMES % given.get("tube", 1):
         raise InputError(f"--tube is {given['tube']}; it must divide the {motion.FRAMES} frames of "
                          "a clip")

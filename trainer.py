@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from data import EVERY, InputError, to_signal
+from data import InputError, to_signal
 from machine import (added, any_of, compiler_exists, count_flops, fast_bf16, peak_memory, precision,
                      rank, say, world)
 
@@ -345,12 +345,15 @@ def facts(trainer):
     tokens = flops = 0
     parts = trainer.config.accumulate * world()
     model = trainer.sampler.requires_grad_()            # in one piece, whoever holds the shares
-    for _ in range(EVERY):              # batches of two kinds come in their shares
+    every = getattr(trainer.batches, "every", 1)        # batches of two kinds come in turns
+    for _ in range(every):
+        for _ in range(parts - 1):
+            trainer.batches.skip()
         batch = next(trainer.batches)
-        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * parts / EVERY
+        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * parts / every
         with count_flops() as counter:
             model.loss(batch.to(trainer.device))[0].backward()
-        flops += counter.get_total_flops() * parts / EVERY
+        flops += counter.get_total_flops() * parts / every
     model.zero_grad()
     model.requires_grad_(False)
     return {"seed": trainer.config.seed, "torch": torch.__version__,

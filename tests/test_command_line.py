@@ -146,6 +146,7 @@ def refused(capsys, main, *argv, place="."):
     (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
     (["mot", "--data", "gone"], "gone"), (["mot", "--seed", "-1"], "--seed"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
+    (["vqvae", "--channels", "1"], "--channels"), (["mot", "--seed", str(2 ** 63)], "--seed"),
     (["mot", "--tube", "3"], "--tube"), (["mot", "--accumulate", "3"], "--accumulate"),
     (["vqvae", "--accumulate", "2"], "--accumulate"), (["mot", "--save-every", "0"], "--save-"),
     (["mot", "--width", "0"], "--width"), (["vqvae", "--codes", "0"], "--codes"),
@@ -219,6 +220,57 @@ def test_a_run_of_another_kind_is_not_overwritten(runs, capsys, monkeypatch, arc
     monkeypatch.chdir(runs)
     sentence = refused(capsys, train.main, arch, "--data", "pictures", "--out", out, "--steps", 1)
     assert out in sentence and "overwrite" in sentence
+
+
+def test_an_autoencoder_of_another_bottleneck_is_not_overwritten(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    sentence = refused(capsys, train.main, "vqvae", "--data", "pictures", "--out", "vqvae",
+                       "--steps", 1, "--bottleneck", "kl")
+    assert "vqvae" in sentence and "overwrite" in sentence
+
+
+@pytest.mark.parametrize("argv", [["mot"], ["vqvae"], ["mot", "--benchmark"]])
+def test_a_folder_of_other_files_is_not_written_to(folder, capsys, argv):
+    sentence = refused(capsys, train.main, *argv, "--data", "pictures", "--out", "pictures")
+    assert "pictures" in sentence and "other files" in sentence
+
+
+def test_batches_that_cannot_be_are_named_before_an_autoencoder_is_trained(mixed, capsys,
+                                                                           monkeypatch):
+    monkeypatch.chdir(mixed)
+    monkeypatch.setattr(train, "train_autoencoder", lambda *_: pytest.fail("trained"))
+    sentence = refused(capsys, train.main, "mot", "--out", "new", "--data", "mixed",
+                       "--picture-size", 24, "--patch", 3)
+    assert "--patch" in sentence and "audio" in sentence
+    monkeypatch.setattr(data, "good_length", lambda lengths, fill: max(lengths))
+    sentence = refused(capsys, train.main, "chameleon", "--out", "new", "--data", "mixed",
+                       "--picture-size", 32, "--batch-size", 1)
+    assert "--batch-size" in sentence and "span of each modality" in sentence
+
+
+def write_captions(folder, captions):
+    lines = [json.dumps({"file_name": f"{n % 6}.png", "text": text})
+             for n, text in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("captions", [["costs $5_^ and $6"] * 6, [""] * 6, ["", "a"] * 3],
+                         ids=["mathematics", "empty", "some empty"])
+def test_captions_may_be_anything(folder, captions):
+    write_captions(folder, captions)
+    call(train.main, "mot", "--data", "pictures", "--out", "run", "--steps", 1, *BRIEF, *SMALL)
+    report = json.loads(Path("run/report.json").read_text())
+    assert 0 <= report["caption_exact"] <= 1
+    assert ("caption_token_accuracy" in report) or "" in captions
+
+
+def test_a_caption_is_not_cut(folder, plain):
+    write_captions(folder, ["a" * 300] + ["b"] * 5)
+    call(train.main, "mot", "--data", "pictures", "--out", "run", "--steps", 1, *BRIEF, *SMALL)
+    kept = checkpoints.load_checkpoint("run")
+    longest = max(len(data.Tokenizer(kept["merges"]).encode(text)) for text in ("a" * 300, "b"))
+    assert kept["longest_text"] in (longest, 1)         # the long one may be held out
+    assert checkpoints.load_system("run").new_text >= kept["longest_text"] + 4
 
 
 @pytest.mark.filterwarnings("ignore")        # of drawing pictures that are nan
@@ -317,6 +369,8 @@ def test_an_autoencoder_is_not_talked_to(runs, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, named", [
     (["mot", "--image", "gone.png"], "gone.png"),
+    (["mot", "--temperature", "-1"], "--temperature"), (["mot", "--guidance", "nan"], "--guidance"),
+    (["mot", "--seed", "-1"], "--seed"), (["mot", "a \udcff prompt"], "prompt"),
     (["mot", "--image", "pictures/metadata.jsonl"], "metadata.jsonl"),
     (["mot", "a prompt", "--image", "pictures/0.png"], "--image"),
     (["mot", "a prompt", "--out", "gone/picture.png"], "gone"),

@@ -352,10 +352,10 @@ def test_streams_go_on_in_turn_when_a_batch_has_other_parts():
     def stream(name):
         return types.SimpleNamespace(state={}, name=name)
     for before, after in ((1, 2), (2, 1), (4, 3)):
-        turns = data.Alternate([stream(0), stream(1)], before)
+        turns = data.Alternate([stream(0), stream(1)], 3, before)
         for _ in range(5 * before):
             turns.turn()
-        other = data.Alternate([stream(0), stream(1)], after)
+        other = data.Alternate([stream(0), stream(1)], 3, after)
         other.state = turns.state
         order = [other.turn().name for _ in range(4 * after)]
         assert order == [int(batch % 3 == 2) for batch in range(5, 9) for _ in range(after)]
@@ -418,11 +418,12 @@ def test_long_documents_are_packed_apart_in_one_batch_of_every_few():
     short, long = plans
     assert len(short.corpus.documents) == 40 and len(long.corpus.documents) == 12
     assert short.length < data.LONG < long.length and short.count == 20
+    assert long.every == data.EVERY
     assert 0.4 <= long.count * long.length / (short.count * short.length) <= 1
 
     def stream():
         return data.Alternate([data.Batches(plan.corpus, Tokenizer(), layout, encoded, positions,
-                                            plan.count, plan.length) for plan in plans])
+                                            plan.count, plan.length) for plan in plans], long.every)
     batches, lengths = stream(), []
     for _ in range(2 * data.EVERY):
         batch = next(batches)
@@ -433,6 +434,13 @@ def test_long_documents_are_packed_apart_in_one_batch_of_every_few():
     restored.state = copy.deepcopy(batches.state)
     for _ in range(data.EVERY):
         assert_same(next(batches), next(restored))
+
+
+def test_a_long_document_among_many_short_ones_is_not_drawn_more_often_than_they_are():
+    documents = [[("text", "a" * 60), ("image", 0)]] * 400 + [[("text", "b" * 400), ("image", 0)]]
+    short, long = data.plan_rows(data.Corpus(documents, {}), Tokenizer(), [0, 16, 0, 0], 8)
+    drawn = (long.every - 1) * short.count * (short.length // 80) / 400     # each, of the short ones
+    assert long.every > 50 and 0.5 < long.count / drawn < 2                 # while the long one is
 
 
 def test_rows_are_of_one_kind_where_all_documents_are_short_or_a_length_is_given():

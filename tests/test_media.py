@@ -319,3 +319,15 @@ def test_a_bad_clip_is_named_in_one_sentence(tmp_path):
         with pytest.raises(data.InputError, match="a.gif.*cannot be read as a clip") as raised:
             media.read_video(path, 8, 32)
         assert "\n" not in str(raised.value)
+
+
+def test_wide_greys_are_read_by_their_range_and_fractions_are_refused(tmp_path):
+    from PIL import Image
+    grey = np.arange(64, dtype=np.int32).reshape(8, 8) * 4
+    for name, values in (("narrow", grey), ("wide", grey * 256)):
+        Image.fromarray(values, "I").save(tmp_path / f"{name}.tiff")
+        read = media.read_picture(tmp_path / f"{name}.tiff", 8)
+        assert np.abs(read[0].astype(int) - grey).max() <= 1
+    Image.fromarray(np.float32(grey) / 255, "F").save(tmp_path / "fractions.tiff")
+    with pytest.raises(data.InputError, match="fractions.tiff"):
+        media.read_picture(tmp_path / "fractions.tiff", 8)

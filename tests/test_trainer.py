@@ -305,9 +305,10 @@ def test_a_log_that_cannot_grow_is_one_sentence(capsys):
 
 SAVES = """
 import sys, torch
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {root!r} + "/tests")
 from pathlib import Path
-from checkpoints import save_checkpoint
+from adapter import load
+save_checkpoint = load("checkpoints").save_checkpoint
 print("ready", flush=True)
 for number in range(10 ** 9):
     save_checkpoint(Path("checkpoint.pt"), {{"number": torch.full((200_000,), number)}})
