@@ -334,6 +334,19 @@ def test_heavily_blurred_pictures_are_unreadable():
     unreadable(blur(shapes.render(scene, rng), sigma=3) for rng, scene in scenes(600))
 
 
+def test_how_much_blur_and_paleness_is_too_much():
+    """Of single things: half a pixel of blur is read, one and a half is not; nor are pale ones."""
+    for sigma, read in ((0.5, True), (1.5, False)):
+        for rng, scene in scenes(150, things=1):
+            found = shapes.grade(blur(shapes.render(scene, rng), sigma))
+            assert found == (scene if read else None)
+
+    def pale(scene, rng, share):
+        empty = colour(shapes.BACKGROUNDS, scene.background)
+        return empty + share * (shapes.render(scene, rng) - empty)
+    unreadable(pale(scene, rng, 0.6) for rng, scene in scenes(150, things=1))
+
+
 @pytest.mark.parametrize("axis", [1, 2])
 def test_half_a_thing_is_unreadable(axis):
     unreadable(erase_half(scene, scene.things[0], rng, axis)
