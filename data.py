@@ -421,6 +421,11 @@ class Alternate:
     def __next__(self):
         return next(self.turn())
 
+    @property
+    def kinds(self):
+        """Each stream, and the share of all batches that come from it."""
+        return list(zip(self.streams, (1 - 1 / self.every, 1 / self.every)))
+
     def fill(self):
         return self.turn().fill()
 

@@ -345,15 +345,12 @@ def facts(trainer):
     tokens = flops = 0
     parts = trainer.config.accumulate * world()
     model = trainer.sampler.requires_grad_()            # in one piece, whoever holds the shares
-    every = getattr(trainer.batches, "every", 1)        # batches of two kinds come in turns
-    for _ in range(every):
-        for _ in range(parts - 1):
-            trainer.batches.skip()
-        batch = next(trainer.batches)
-        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * parts / every
+    for stream, share in getattr(trainer.batches, "kinds", [(trainer.batches, 1.0)]):
+        batch, share = next(stream), share * parts
+        tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * share
         with count_flops() as counter:
             model.loss(batch.to(trainer.device))[0].backward()
-        flops += counter.get_total_flops() * parts / every
+        flops += counter.get_total_flops() * share
     model.zero_grad()
     model.requires_grad_(False)
     return {"seed": trainer.config.seed, "torch": torch.__version__,

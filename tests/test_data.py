@@ -439,7 +439,7 @@ def test_long_documents_are_packed_apart_in_one_batch_of_every_few():
 def test_a_long_document_among_many_short_ones_is_not_drawn_more_often_than_they_are():
     documents = [[("text", "a" * 60), ("image", 0)]] * 400 + [[("text", "b" * 400), ("image", 0)]]
     short, long = data.plan_rows(data.Corpus(documents, {}), Tokenizer(), [0, 16, 0, 0], 8)
-    drawn = (long.every - 1) * short.count * (short.length // 80) / 400     # each, of the short ones
+    drawn = (long.every - 1) * short.count * (short.length // 80) / 400   # each of the short ones
     assert long.every > 50 and 0.5 < long.count / drawn < 2                 # while the long one is
 
 
