@@ -103,7 +103,7 @@ def train_and_save(trainer, shown, kind, about):
     folder, model = trainer.out, trainer.model
 
     def save():
-        state = {**trainer.state(), **about, **made_with(trainer.device)}
+        state = {**trainer.state(everywhere=False), **about, **made_with(trainer.device)}
         if rank() == 0:
             save_checkpoint(folder / "checkpoint.pt", {"autoencoder": packed(model), **state})
 

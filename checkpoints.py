@@ -49,10 +49,9 @@ def check_folder(folder, arch, setting):
                              "give a folder of its own")
         return None
     kept = load_checkpoint(folder)
-    if kept["arch"] != arch or kept.get("setting", setting) != setting:
-        raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} '
-                         f'({kept.get("setting", "an autoencoder")}), which this one would '
-                         "overwrite; give another --out, or remove it")
+    if (kept["arch"], kept["setting"]) != (arch, setting):
+        raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} ({kept["setting"]}), '
+                         "which this one would overwrite; give another --out, or remove it")
     return kept
 
 
@@ -110,7 +109,7 @@ def load_checkpoint(path):
         newer = saved["format"] > FORMAT
         raise InputError(f'"{path}" has format {saved["format"]}, this code reads {FORMAT}: '
                          + ("update the code" if newer else "train it again, with another --out"))
-    wanted = ["arch", "autoencoder"]
+    wanted = ["arch", "setting", "autoencoder"]
     if saved.get("arch") != "vqvae":
         wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema",
                   "train", "model", "optimizer", "step", "seconds", "stream", "digest", "bf16",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Corpus, InputError, to_bytes, to_samples
+from data import Corpus, InputError, is_unicode, to_bytes, to_samples
 from media import is_animated, read_picture, read_sound, read_video
 from worlds import motion, shapes, stories, tones
 
@@ -194,6 +194,6 @@ def parse_metadata(line, where):
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str)
                                               for key in ("file_name", "text")):
         raise InputError(f'{where}: needs "file_name" and "text", both strings: {line[:60]}')
-    if entry["text"].encode(errors="replace").decode() != entry["text"]:
+    if not is_unicode(entry["text"]):
         raise InputError(f"{where}: its text is not valid Unicode: {line[:60]}")
     return entry["file_name"], entry["text"]

@@ -32,6 +32,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what it is and what to do."""
 
 
+def is_unicode(text):
+    """Whether a string can be written as UTF-8: what the system or JSON made of bytes may not."""
+    return text.encode(errors="replace").decode() == text
+
+
 # --- the tokenizer -------------------------------------------------------------------------------
 
 class Layout(NamedTuple):

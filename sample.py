@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import load_system
-from data import InputError, to_signal
+from data import InputError, is_unicode, to_signal
 from machine import pick_device
 from media import read_picture, read_sound, read_video, save_picture, save_sound, save_video
 from worlds import tones
@@ -95,7 +95,7 @@ def main():
             and math.isfinite(args.guidance or 0) and 0 <= args.seed < 2 ** 63):
         raise InputError("--temperature must be 0 or more, --guidance a finite number, "
                          "--seed 0 or more and below 2^63")
-    if args.prompt and args.prompt.encode(errors="replace").decode() != args.prompt:
+    if args.prompt and not is_unicode(args.prompt):
         raise InputError("the prompt is not valid Unicode")
     system = load_system(args.run, pick_device(args.device))
     torch.manual_seed(args.seed)

@@ -181,18 +181,19 @@ def train_transformer(arch, config, model_options, given):
     begun, setting = time.time(), config.setting if arch == "mot" else arch
     device, name = pick_device(config.device), name_of(config.data)
     folder = folder_of(arch, setting, config, name)
-    saved = from_first(lambda: check_folder(folder, arch, setting))
+    kept, saved = from_first(lambda: check_folder(folder, arch, setting)), None
     if given["resume"]:
-        saved = saved or from_first(lambda: load_checkpoint(folder))
+        saved = kept or from_first(lambda: load_checkpoint(folder))
         config, model_options = as_before(saved, config, model_options, given, folder)
-    saved = saved if given["resume"] else None
     config = with_presets(config, setting, f"{setting} {name}", config.size)
     corpus, held_out = load_data(config)
-    if saved and saved["digest"] != digest_of(corpus):
+    digest = digest_of(corpus)
+    if saved and saved["digest"] != digest:
         raise InputError(f'--resume: "{folder}" was trained on other data than "{config.data}" '
                          "holds now; give the same data, or another --out")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device, saved)
+    about["digest"] = digest
     trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
     if saved:
         trainer.resume(saved)
@@ -255,17 +256,18 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     def codecs_by(autoencoders):
         return {name: Codec(name, autoencoders[READ_BY[name]], frames_of(name, corpus))
                 for name in corpus.signals}
-    layout, patch = layout_of(tokenizer, codecs_by(untrained)), getattr(model_config, "patch", 1)
-    for modality, codec in codecs_by(untrained).items():
+    codecs, patch = codecs_by(untrained), getattr(model_config, "patch", 1)
+    layout = layout_of(tokenizer, codecs)
+    for modality, codec in codecs.items():
         if any(side % patch for side in codec.autoencoder.config.grid):
             raise InputError(f"--patch is {patch}; it must divide the latents of {modality}, "
                              "{} x {}".format(*codec.autoencoder.config.grid))
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)
-    encoded = {}                        # signals of all modalities: before they are tokenized,
+    encoded = {}        # filled below: that batches can be is seen before anything is trained
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
-                       rows.length, config.seed) for rows in plans]     # see that batches can be
+                       rows.length, config.seed) for rows in plans]
     parts = config.accumulate * world()
     batches = Alternate(streams, plans[1].every, parts) if len(streams) > 1 else streams[0]
     if saved:
@@ -283,8 +285,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
              "merges": [list(pair) for pair in tokenizer.merges],
              "autoencoders": {kind: packed(model) for kind, model in autoencoders.items()},
              "codecs": {name: codec.frames for name, codec in codecs.items()},
-             "longest_text": max(len(tokenizer.encode(text)) for text in corpus.texts()),
-             "digest": digest_of(corpus)}
+             "longest_text": max(len(tokenizer.encode(text)) for text in corpus.texts())}
     return model, batches, codecs, about
 
 
