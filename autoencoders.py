@@ -1,6 +1,6 @@
 """The autoencoders behind the models: trained on first use, kept, and reused.
 
-One reads pictures and the frames of clips ("image"), one the spectra of sounds ("audio"). Each is
+Each modality has its own: of pictures, of the spectra of sounds, of the frames of clips. Each is
 kept in runs/ under a name that holds its data and settings, so that one that was trained on other
 data or with other settings is never used silently.
 """
@@ -30,28 +30,30 @@ from data import InputError, to_signal
 from machine import FAST_BF16, from_first, precision, rank, say, world
 from system import Codecs
 from trainer import Signals, Trainer, facts
-from vqvae import BINS, HOP, READ_BY, VQVAE, Codec, VQVAEConfig, code_usage, spectrum
+from vqvae import BINS, HOP, VQVAE, Codec, VQVAEConfig, code_usage, spectrum
 from worlds import tones
-
-AS_PICTURE = {"image": lambda pictures: pictures, "audio": spectrum}      # what each of them reads
 
 
 def autoencoder_config(kind, config, **options):
-    """The autoencoder of pictures and frames ("image"), or of the spectra of sounds ("audio")."""
+    """The autoencoder of a modality: what differs are channels, size and how far it goes down."""
+    shape = {"size": (config.picture_size, config.picture_size)}
     if kind == "audio":
         shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
-    else:
-        shape = {"size": (config.picture_size, config.picture_size)}
+    elif kind == "video" and options["bottleneck"] == "vq":     # a frame in 16 codes: it shows one
+        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 128, 128),   # thing, and a clip has 8
+                  "latent_channels": 8, "codes": 1024}
     return VQVAEConfig(**{**shape, **options})
 
 
 def signals_of(kind, corpus):
-    """What an autoencoder learns from: of a corpus's clips the first frame of either half."""
-    parts = [corpus.signals[kind]] if kind in corpus.signals else []
-    if kind == "image" and "video" in corpus.signals:
-        clips = corpus.signals["video"]
-        parts.append(clips[:, ::clips.shape[1] // 2].reshape(-1, *clips.shape[2:]))
-    return np.concatenate(parts) if parts else ()
+    """What an autoencoder learns from, as stored: pictures, sounds, single frames of clips."""
+    stored = corpus.signals.get(kind, ())
+    return stored.reshape(-1, *stored.shape[2:]) if kind == "video" and len(stored) else stored
+
+
+def as_picture(kind):
+    """What makes pictures of signals as `signals_of` has them."""
+    return spectrum if kind == "audio" else lambda pictures: pictures
 
 
 def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None,
@@ -59,11 +61,11 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     """Train an autoencoder on a corpus's signals, go on with one that was not finished, or load one
     that was -> (VQVAE, its folder). With `resume` there must be one."""
     stored = signals_of(kind, corpus)
-    key = {"format": FORMAT, "data": hashlib.sha256(stored.tobytes()).hexdigest(),
+    key = {"format": FORMAT, "data": hashlib.sha256(np.ascontiguousarray(stored)).hexdigest(),
            "model": dataclasses.asdict(model_config), "steps": config.steps,
            "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-    sort = f"{model_config.bottleneck}-{data_name}" + "-audio" * (kind == "audio")
+    sort = f"{model_config.bottleneck}-{data_name}" + f"-{kind}" * (kind != "image")
     folder = Path(folder or f"runs/vqvae-{sort}-{digest}")
     path = folder / "checkpoint.pt"
     kept = from_first(lambda: load_checkpoint(path) if path.is_file() else {})
@@ -76,7 +78,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         return load_autoencoder(kept["autoencoder"]).to(device), folder
     begun, config = time.time(), dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
     torch.manual_seed(config.seed)
-    batches = Signals(stored, parts_of(config), config.seed, AS_PICTURE[kind])
+    batches = Signals(stored, parts_of(config), config.seed, as_picture(kind))
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
     if kept:
         FAST_BF16.update(kept["bf16"])
@@ -85,11 +87,12 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     else:
         from_first(lambda: make_folder(folder))
     seen = signals_of(kind, held_out) if held_out else ()
-    shown = AS_PICTURE[kind](to_signal((seen if len(seen) else stored)[:12])).to(device)
+    some = seen if len(seen) else stored
+    shown = as_picture(kind)(to_signal(some[::max(1, len(some) // 12)][:12])).to(device)
     about = {"arch": "vqvae", "setting": model_config.bottleneck, "key": key}
     train_and_save(trainer, shown, kind, about)
     with torch.no_grad(), precision(device):
-        trainer.model.fit_scale(AS_PICTURE[kind](to_signal(stored[:4000])).to(device))
+        trainer.model.fit_scale(as_picture(kind)(to_signal(stored[:4000])).to(device))
     if rank() == 0:
         report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
                   "reads": kind, **facts(trainer), "wall_seconds": round(time.time() - begun, 1),
@@ -146,16 +149,14 @@ def parts_of(config):
 
 
 def autoencoder_scores(kind, model, corpus, held_out, config, device):
-    """How well it rebuilds signals of each modality that it reads, and which codes are in use."""
-    reads, report = [name for name in corpus.signals if READ_BY[name] == kind], {}
-    codecs = Codecs({name: Codec(name, model, frames_of(name, corpus)) for name in reads}, device)
-    for name in reads:
-        if held_out is None:
-            report |= scores.score_reconstruction(codecs, name, config.cases)
-        elif name in held_out.signals:
-            report |= scores.score_psnr(codecs, name, held_out, config.cases)
+    """How well it rebuilds signals of its modality, and which codes are in use."""
+    codecs, report = Codecs({kind: Codec(kind, model, frames_of(kind, corpus))}, device), {}
+    if held_out is None:
+        report = scores.score_reconstruction(codecs, kind, config.cases)
+    elif kind in held_out.signals:
+        report = scores.score_psnr(codecs, kind, held_out, config.cases)
     if model.config.bottleneck == "vq":
-        codes = torch.cat([codecs.encode(name, corpus.signals[name]).flatten() for name in reads])
+        codes = codecs.encode(kind, corpus.signals[kind])
         report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
     return report
 

@@ -34,6 +34,7 @@ class ChameleonConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
+    text_weight: float = 1.0        # of a word in the loss, beside that of a code
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
 
@@ -214,10 +215,10 @@ class Chameleon(nn.Module):
         self.token_embedding = nn.Embedding(layout.size, config.width)
         # by modality, how many positions a span takes: one for each code
         self.span_lengths = [math.prod(shape[1:]) if shape else 0 for shape in layout.shapes]
-        per_frame = [max(1, n // f) for n, f in zip(self.span_lengths, layout.frames)]
-        self.register_buffer("per_frame", torch.tensor(per_frame), persistent=False)
-        self.place_embedding = nn.Embedding(1 + max(per_frame), config.width)       # 0: in text
-        self.frame_embedding = nn.Embedding(max(layout.frames), config.width)
+        # places of all modalities, one after the other; 0 in text
+        before = torch.tensor([0, *self.span_lengths[:-1]]).cumsum(0)
+        self.register_buffer("places_before", before, persistent=False)
+        self.place_embedding = nn.Embedding(1 + sum(self.span_lengths), config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, layout.size, bias=False)
@@ -233,7 +234,6 @@ class Chameleon(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.normal_(self.place_embedding.weight, std=0.5)
-        nn.init.normal_(self.frame_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
 
     def backbone(self, x, batch, rope, mask, cache=None):
@@ -244,11 +244,8 @@ class Chameleon(nn.Module):
 
     def forward(self, batch, cache=None):
         """Ids of text and codes alike -> hidden states (B, S, D)."""
-        n = self.per_frame[batch.modality]                                              # (B, S)
-        before = (batch.place - 1).clamp(min=0)         # codes of the span that come before
-        place = torch.where(batch.place > 0, before % n + 1, 0)
-        x = (self.token_embedding(batch.tokens) + self.place_embedding(place)
-             + self.frame_embedding(before // n))                                   # (B, S, D)
+        place = batch.place + self.places_before[batch.modality] * (batch.place > 0)    # (B, S)
+        x = self.token_embedding(batch.tokens) + self.place_embedding(place)        # (B, S, D)
         mask = attention_mask(batch.document)
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if cache is not None:
@@ -256,9 +253,14 @@ class Chameleon(nn.Module):
         rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
         return self.backbone(x, batch, rope, mask, cache)
 
+    def weights(self, targets):
+        """What each target counts in the loss: 0 where there is none."""
+        is_text = (targets < self.layout.first_code).float()
+        return (targets >= 0).float() * (1 + (self.config.text_weight - 1) * is_text)
+
     def totals(self, batch):
-        """What the loss divides by: targets -> (1,)."""
-        return (batch.targets >= 0).sum()[None].float()
+        """What the loss divides by: the weight of all targets -> (1,)."""
+        return self.weights(batch.targets).sum()[None]
 
     def loss(self, batch, totals=None):
         """Next-token cross-entropy over the whole stream, z-loss -> (scalar, {name: scalar}).
@@ -272,7 +274,8 @@ class Chameleon(nn.Module):
         counted = (targets >= 0).float()
         error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
         drift, totals = z_loss(logits), self.totals(batch) if totals is None else totals
-        loss = ((error + self.config.z_loss * drift) * counted).sum() / totals[0].clamp(min=1)
+        weighted = (error + self.config.z_loss * drift) * self.weights(targets)
+        loss = weighted.sum() / totals[0].clamp(min=1)
         said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         right = (said == logits.amax(-1)).float()       # an argmax is slower
         text = counted * (targets < self.layout.first_code)

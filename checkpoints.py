@@ -18,7 +18,7 @@ import torch
 from data import InputError, Tokenizer
 from machine import fast_bf16
 from system import MODELS, System, build, layout_of
-from vqvae import READ_BY, VQVAE, Codec, VQVAEConfig
+from vqvae import VQVAE, Codec, VQVAEConfig
 
 FORMAT = 2                  # of checkpoints; raised when what they hold changes
 
@@ -145,7 +145,7 @@ def load_system(path, device="cpu"):
         tokenizer = Tokenizer(saved["merges"])
         autoencoders = {name: load_autoencoder(kept).to(device)
                         for name, kept in saved["autoencoders"].items()}
-        codecs = {name: Codec(name, autoencoders[READ_BY[name]], frames)
+        codecs = {name: Codec(name, autoencoders[name], frames)
                   for name, frames in saved["codecs"].items()}
         model = build(saved["arch"], saved["setting"], saved["config"],
                       layout_of(tokenizer, codecs), saved["mot"])

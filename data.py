@@ -50,7 +50,6 @@ class Layout(NamedTuple):
     end: tuple                  # by modality: the id that closes it
     codes: tuple                # by modality: (first, last + 1) of the ids of its codes
     shapes: tuple               # by modality: (C, h, w) of its encoded signals, None without any
-    frames: tuple               # by modality: frames of a span, one below the other; clips have 8
 
     @property
     def first_code(self):
@@ -110,24 +109,17 @@ class Tokenizer:
         pieces = (names[i] if i in names else self.pieces[i] for i in ids)
         return b"".join(pieces).decode(errors="replace")
 
-    def layout(self, shapes, codes, read_by={}, frames={}):
-        """shapes {modality name: (C, h, w)}, codes {modality name: K} -> Layout.
-
-        read_by {modality name: another's}: what is tokenized by one autoencoder has the same ids.
-        frames {modality name: of a span}.
-        """
-        first, ranges, known = len(self.pieces) + len(SPECIAL), [], {}
+    def layout(self, shapes, codes):
+        """shapes {modality name: (C, h, w)}, codes {modality name: K} -> Layout."""
+        first, ranges = len(self.pieces) + len(SPECIAL), []
         for name in MODALITIES:
-            mine = first, first + codes.get(name, 0)
-            ranges.append(known.setdefault(read_by.get(name, name), mine) if codes.get(name)
-                          else mine)
-            first = max(first, ranges[-1][1])
+            ranges.append((first, first + codes.get(name, 0)))
+            first = ranges[-1][1]
         special = self.special
         return Layout(first, len(self.pieces), special["<pad>"], special["<bos>"], special["<eos>"],
                       (None, special["<boi>"], special["<boa>"], special["<bov>"]),
                       (None, special["<eoi>"], special["<eoa>"], special["<eov>"]),
-                      tuple(ranges), tuple(shapes.get(name) for name in MODALITIES),
-                      tuple(frames.get(name, 1) for name in MODALITIES))
+                      tuple(ranges), tuple(shapes.get(name) for name in MODALITIES))
 
 
 def split_words(text):

@@ -7,7 +7,6 @@ from data import pack_prompts, to_signal, unpack
 from machine import precision
 from mot import MoTChameleon, MoTTransfusion
 from transfusion import Transfusion, TransfusionConfig
-from vqvae import READ_BY
 
 # (architecture, setting) -> the model, its config, and the bottleneck of the autoencoder it reads
 MODELS = {("chameleon", "chameleon"): (Chameleon, ChameleonConfig, "vq"),
@@ -25,8 +24,7 @@ def build(arch, setting, config, layout, mot=None):
 def layout_of(tokenizer, codecs):
     """The layout of sequences that hold what these codecs ({modality name: Codec}) encode."""
     return tokenizer.layout({name: codec.shape for name, codec in codecs.items()},
-                            {name: codec.codes for name, codec in codecs.items()}, READ_BY,
-                            {name: codec.frames for name, codec in codecs.items()})
+                            {name: codec.codes for name, codec in codecs.items()})
 
 
 class Codecs:

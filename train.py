@@ -46,7 +46,7 @@ from sample import Parser, run, write_document
 from system import MODELS, Codecs, System, build, layout_of
 from trainer import Trainer, facts
 from transfusion import TransfusionConfig
-from vqvae import READ_BY, VQVAE, Codec, VQVAEConfig
+from vqvae import VQVAE, Codec, VQVAEConfig
 from worlds import motion, stories
 
 
@@ -135,7 +135,7 @@ def train_vqvae(config, model_options, resume=False):
     if config.data == "stories":
         raise InputError("--data stories: words alone need no autoencoder")
     name, (corpus, held_out) = name_of(config.data), load_data(config)
-    kinds = sorted({READ_BY[modality] for modality in corpus.signals})
+    kinds = sorted(corpus.signals)
     outs = {kind: config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
             for kind in kinds}
     for out in filter(None, outs.values()):
@@ -248,20 +248,21 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
         raise InputError(f"--width {model_config.width} does not split into {model_config.heads} "
                          "heads of even width; change --width or --heads")
     mot = {"towers": towers_of(config)} if arch == "mot" else None
-    kinds = sorted({READ_BY[modality] for modality in corpus.signals}, reverse=True)
     untrained = {kind: VQVAE(autoencoder_config(kind, config, bottleneck=bottleneck))
-                 for kind in kinds}
+                 for kind in corpus.signals}
     tokenizer = Tokenizer.train(corpus.texts())
 
     def codecs_by(autoencoders):
-        return {name: Codec(name, autoencoders[READ_BY[name]], frames_of(name, corpus))
+        return {name: Codec(name, autoencoders[name], frames_of(name, corpus))
                 for name in corpus.signals}
-    codecs, patch = codecs_by(untrained), getattr(model_config, "patch", 1)
+    codecs = codecs_by(untrained)
     layout = layout_of(tokenizer, codecs)
     for modality, codec in codecs.items():
-        if any(side % patch for side in codec.autoencoder.config.grid):
-            raise InputError(f"--patch is {patch}; it must divide the latents of {modality}, "
-                             "{} x {}".format(*codec.autoencoder.config.grid))
+        option = "video_patch" if modality == "video" else "patch"
+        patch, grid = getattr(model_config, option, 1), codec.autoencoder.config.grid
+        if any(side % patch for side in grid):
+            raise InputError(f"--{option.replace('_', '-')} is {patch}; it must divide the latents "
+                             f"of {modality}, {grid[0]} x {grid[1]}")
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)
@@ -460,9 +461,6 @@ def check(config, given):
     if has_one_size(config.data) and config.picture_size != motion.PIXELS:
         raise InputError(f"--picture-size: the pictures of {config.data} have {motion.PIXELS} "
                          "pixels a side")
-    if motion.FRAMES % given.get("tube", 1):
-        raise InputError(f"--tube is {given['tube']}; it must divide the {motion.FRAMES} frames of "
-                         "a clip")
 
 
 def main():

@@ -17,7 +17,7 @@ Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
 Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache, L
 positions in the cache, N signals, C latent channels, V ids of the vocabulary, P values of one patch
-(2 * 2 * C, of a clip `tube` times that), n patches of a span.
+(2 * 2 * C, of a clip 4 * 4 * C), n patches of a span.
 Masks: True = may attend. Time: t = 0 is data, t = 1 is noise.
 """
 
@@ -37,7 +37,7 @@ class TransfusionConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
-    tube: int = 1                   # frames of a clip that one patch spans
+    video_patch: int = 4            # that of a clip, whose frames show less and which has eight
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
@@ -77,23 +77,21 @@ def guide(conditional, unconditional, guidance):
     return unconditional + guidance * (conditional - unconditional)
 
 
-def patchify(latents, patch, frames=1, tube=1):
+def patchify(latents, patch):
     """(N, C, height, width) -> (N, n, P): raster order of patches, each flattened.
 
-    frames: of a clip, which stand one below the other; a patch spans `tube` of them.
+    Frames of a clip stand one below the other, so that raster order is the order of time.
     """
     N, C, height, width = latents.shape
-    x = latents.reshape(N, C, frames // tube, tube, height // frames // patch, patch,
-                        width // patch, patch)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(N, -1, C * tube * patch * patch)
+    x = latents.reshape(N, C, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * patch * patch)
 
 
-def unpatchify(patches, shape, patch, frames=1, tube=1):
+def unpatchify(patches, shape, patch):
     """(N, n, P) -> (N, C, height, width), the inverse; shape is (C, height, width)."""
     C, height, width = shape
-    x = patches.reshape(-1, frames // tube, height // frames // patch, width // patch,
-                        C, tube, patch, patch)
-    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, C, height, width)
+    x = patches.reshape(-1, height // patch, width // patch, C, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, C, height, width)
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -230,18 +228,15 @@ class Transfusion(nn.Module):
         self.config, self.layout, D = config, layout, config.width
         self.token_embedding = nn.Embedding(layout.size, D)
         self.patch_in, self.patch_out = nn.ModuleDict(), nn.ModuleDict()
-        self.patch_place, self.frame_place = nn.ParameterDict(), nn.ParameterDict()
+        self.patch_place = nn.ParameterDict()           # (n, D), learned
         self.span_lengths = [0] * len(layout.shapes)    # by modality, positions that a span takes
         for kind, shape in enumerate(layout.shapes):
             if shape:
-                name, (_, frames, tube) = self.table(kind), self.cut(kind)
-                n = self.span_lengths[kind] = shape[1] * shape[2] // config.patch ** 2 // tube
-                if frames > tube:
-                    self.frame_place[str(kind)] = torch.zeros(frames // tube, 1, D)
-                if name not in self.patch_in:
-                    P = math.prod(shape) // n
-                    self.patch_in[name], self.patch_out[name] = nn.Linear(P, D), nn.Linear(D, P)
-                    self.patch_place[name] = torch.zeros(n * tube // frames, D)
+                n = self.span_lengths[kind] = shape[1] * shape[2] // self.patch(kind) ** 2
+                P = math.prod(shape) // n
+                self.patch_in[str(kind)] = nn.Linear(P, D)
+                self.patch_out[str(kind)] = nn.Linear(D, P)
+                self.patch_place[str(kind)] = torch.zeros(n, D)
         self.time_embedding = TimeEmbedding(D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
@@ -258,30 +253,14 @@ class Transfusion(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-        for place in (*self.patch_place.values(), *self.frame_place.values()):
+        for place in self.patch_place.values():
             nn.init.normal_(place, std=0.5)
         for out in self.patch_out.values():
             nn.init.zeros_(out.weight)
 
-    def cut(self, kind):
-        """How `patchify` cuts a span of this modality: patch side, frames, frames of a patch."""
-        frames = self.layout.frames[kind]
-        return self.config.patch, frames, min(self.config.tube, frames)
-
-    def table(self, kind):
-        """The name of its patch layers and places: those of pictures for clips that are cut frame
-        by frame (which have a place in time, too), else its own."""
-        (C, height, width), (_, frames, tube) = self.layout.shapes[kind], self.cut(kind)
-        by_frame = frames > 1 and tube == 1
-        is_picture = self.layout.shapes[1] == (C, height // frames, width)
-        return "1" if by_frame and is_picture else str(kind)
-
-    def place(self, kind):
-        """The learned places of a span's positions, (n, D)."""
-        place = self.patch_place[self.table(kind)]
-        if str(kind) in self.frame_place:
-            place = (place + self.frame_place[str(kind)]).flatten(0, 1)
-        return place
+    def patch(self, kind):
+        """The side of a patch of this modality, in latents."""
+        return self.config.video_patch if kind == 3 else self.config.patch
 
     def backbone(self, x, batch, rope, mask, cache=None):
         """x (B, S, D) through all blocks; batch: what mot.py routes by."""
@@ -298,9 +277,8 @@ class Transfusion(nn.Module):
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
         for kind, (latents, t) in enumerate(zip(batch.signals, times)):
             if latents is not None:
-                patches = patchify(latents, *self.cut(kind))
-                x = self.patch_in[self.table(kind)](patches)                        # (spans, n, D)
-                x = x + self.place(kind) + self.time_embedding(t)[:, None]
+                x = self.patch_in[str(kind)](patchify(latents, self.patch(kind)))   # (spans, n, D)
+                x = x + self.patch_place[str(kind)] + self.time_embedding(t)[:, None]
                 parts.append(x.flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)      # by modality -> (B, S, D)
         mask = attention_mask(batch.span, batch.document)
@@ -344,9 +322,8 @@ class Transfusion(nn.Module):
         parts = {"text": average(error.detach(), counted), "text_accuracy": average(right, counted)}
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
-                patch_out = self.patch_out[self.table(kind)]
-                predicted = patch_out(by_modality[kind]).float()
-                target = patchify(velocity, *self.cut(kind)).flatten(0, 1)
+                predicted = self.patch_out[str(kind)](by_modality[kind]).float()
+                target = patchify(velocity, self.patch(kind)).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
                 share = (error * batch.real[kind]).sum() * self.span_lengths[kind] / totals[1]
                 loss = loss + self.config.diffusion_weight * share      # each patch counts alike
@@ -462,9 +439,8 @@ class Transfusion(nn.Module):
 
     def velocity(self, prompt, cache, kind, x, t):
         hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
-        patch_out = self.patch_out[self.table(kind)]
-        patches = patch_out(hidden).float()                                     # (B, n, P)
-        return unpatchify(patches, self.layout.shapes[kind], *self.cut(kind))
+        patches = self.patch_out[str(kind)](hidden).float()                     # (B, n, P)
+        return unpatchify(patches, self.layout.shapes[kind], self.patch(kind))
 
 
 def main():

@@ -306,12 +306,8 @@ class VQVAE(nn.Module):
             self.latent_std.copy_(latents.std((0, 2, 3), keepdim=True))
 
 
-# Video as frames: the image autoencoder reads each of them
-READ_BY = {"image": "image", "audio": "audio", "video": "image"}        # modality -> autoencoder
-
-
 class Codec:
-    """Signals of one modality <-> codes or latents, by an autoencoder of pictures.
+    """Signals of one modality <-> codes or latents, by its autoencoder, which reads pictures.
 
     image: (N, 3, H, W) is a picture.  audio: (N, 1, samples) becomes its spectrum.
     video: (N, frames, 3, H, W) is taken frame by frame; what the frames become stands one below

@@ -128,10 +128,9 @@ def generate_latents(model, document, noise, size, spans, steps, guidance):
                 t, velocities = 1 - step / steps, []
                 for prefix, before in ((ids, given + drawn), ([layout.bos, ids[-1]], [])):
                     row = hidden_after(model, prefix + [layout.pad] * n, [*before, (kind, x)], t)
-                    patch_out = model.patch_out[model.table(kind)]
-                    patches = patch_out(row[-n:])[None]
+                    patches = model.patch_out[str(kind)](row[-n:])[None]
                     velocities.append(transfusion.unpatchify(patches, layout.shapes[kind],
-                                                             *model.cut(kind))[0])
+                                                             model.patch(kind))[0])
                 conditional, null = velocities
                 x = x - (null + guidance * (conditional - null)).detach() / steps
             drawn.append((kind, x))

@@ -1,5 +1,5 @@
 """Small models and batches, the same for both hosts: pictures take 4 positions, sounds 2, clips 8
-(two frames of 4 codes; or four frames of latents, of which two make 4 patches)."""
+(two frames of 4 codes; or four frames of two patches of latents)."""
 
 import math
 
@@ -14,14 +14,11 @@ SETTINGS = ("transfusion", "chameleon")
 POSITIONS = [0, 4, 2, 8]
 TOKENIZER = data.Tokenizer()
 SIZE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
-CUT = {"transfusion": {"tube": 2}, "chameleon": {}}
-SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 16, 4)}, # 2 x 2 each
+# patches of latents are 2 x 2, of clips 4 x 4
+SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 16, 8)},
           "chameleon": {"image": (2, 2, 2), "audio": (2, 1, 2), "video": (2, 4, 2)}}
-CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5, "video": 8}}
-READ_BY = {"image": "image", "audio": "audio", "video": "image"}   # two have the same codes
-FRAMES = {"transfusion": {"video": 4}, "chameleon": {"video": 2}}
-LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting], READ_BY, FRAMES[setting])
-          for setting in SETTINGS}
+CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5, "video": 7}}
+LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting]) for setting in SETTINGS}
 
 # several spans and documents a row, of each modality a span that opens its document, and padding
 ROWS = [[[("text", "red"), ("image", 0)], [("image", 1), ("text", "blue"), ("audio", 2)],
@@ -51,8 +48,7 @@ def signals(setting, count=6):
 def layout_of(setting, names):
     """The layout of a model that knows, beside text, the modalities of these names alone."""
     return TOKENIZER.layout({name: SHAPES[setting][name] for name in names},
-                            {name: CODES[setting].get(name, 0) for name in names}, READ_BY,
-                            FRAMES[setting])
+                            {name: CODES[setting].get(name, 0) for name in names})
 
 
 def pack(setting, rows=ROWS, spans=None, length=LENGTH, finished=True, table=None, layout=None):
@@ -74,8 +70,8 @@ def untrained(setting, towers=None, layout=None, **options):
         "chameleon": (chameleon.Chameleon, chameleon.ChameleonConfig, mot.MoTChameleon)}[setting]
     torch.manual_seed(0)
     if towers:
-        return mixture(config(**SIZE, **CUT[setting]), layout, towers=towers, **options)
-    return dense(config(**SIZE, **CUT[setting], **options), layout)
+        return mixture(config(**SIZE), layout, towers=towers, **options)
+    return dense(config(**SIZE, **options), layout)
 
 
 def randomise(model, seed=0):

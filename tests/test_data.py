@@ -451,20 +451,17 @@ def test_rows_are_of_one_kind_where_all_documents_are_short_or_a_length_is_given
     assert rows == data.Rows(corpus, 4, 320)
 
 
-def test_modalities_of_one_codebook_have_the_same_ids():
+def test_each_modality_has_a_range_of_ids_for_its_codes():
     shapes, codes = {"image": (8, 2, 2), "audio": (8, 1, 2), "video": (8, 4, 2)}, {
-        "image": 8, "audio": 5, "video": 8}
-    read_by = {"image": "image", "audio": "audio", "video": "image"}
-    layout = Tokenizer().layout(shapes, codes, read_by)
+        "image": 8, "audio": 5, "video": 7}
+    layout = Tokenizer().layout(shapes, codes)
     first = layout.text + len(data.SPECIAL)
     assert layout.codes == ((first, first), (first, first + 8), (first + 8, first + 13),
-                            (first, first + 8)) and layout.size == first + 13
+                            (first + 13, first + 20)) and layout.size == first + 20
     del shapes["image"], codes["image"]
-    layout = Tokenizer().layout(shapes, codes, read_by)
-    assert layout.codes[1:] == ((first, first), (first, first + 5), (first + 5, first + 13))
-    assert layout.size == first + 13
-    latents = Tokenizer().layout({"image": (8, 2, 2), "video": (8, 4, 2)}, {}, read_by)
-    assert latents.size == first
+    layout = Tokenizer().layout(shapes, codes)
+    assert layout.codes[1:] == ((first, first), (first, first + 5), (first + 5, first + 12))
+    assert Tokenizer().layout({"image": (8, 2, 2), "video": (8, 4, 2)}, {}).size == first
 
 
 @pytest.mark.parametrize("host", HEADS)

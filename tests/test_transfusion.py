@@ -78,16 +78,13 @@ def test_patchify_cuts_in_raster_order_and_unpatchify_undoes_it():
     assert torch.equal(transfusion.unpatchify(patches, (5, 4, 6), 2), x)
 
 
-def test_a_patch_of_a_clip_is_some_frames_of_one_place():
+def test_the_patches_of_a_clip_are_those_of_its_frames_in_turn():
     frames = torch.randn(3, 4, 5, 4, 6)                                     # (N, frames, C, h, w)
     clips = frames.transpose(1, 2).flatten(2, 3)                            # (N, C, frames * h, w)
-    patches = transfusion.patchify(clips, 2, frames=4, tube=2)
-    assert patches.shape == (3, 2 * 6, 2 * 20)
-    places = [(t, r, c) for t in (0, 2) for r in (0, 2) for c in (0, 2, 4)]
-    for n, (t, row, column) in enumerate(places):
-        tube = frames[:, t:t + 2, :, row:row + 2, column:column + 2]
-        assert torch.equal(patches[:, n], tube.transpose(1, 2).flatten(1))
-    assert torch.equal(transfusion.unpatchify(patches, (5, 16, 6), 2, frames=4, tube=2), clips)
+    patches = transfusion.patchify(clips, 2)
+    for number in range(4):
+        torch.testing.assert_close(patches[:, 6 * number:6 * number + 6],
+                                   transfusion.patchify(frames[:, number], 2), rtol=0, atol=0)
 
 
 # --- who sees whom -------------------------------------------------------------------------------
@@ -101,10 +98,10 @@ def perturbed(batch, b, j):
         return batch._replace(tokens=tokens)
     block = batch.order[sum(batch.sizes[:kind]):][:batch.sizes[kind]]
     place = (block == b * batch.tokens.shape[1] + j).nonzero().item()
-    cut = 2, LAYOUT.frames[kind], min(2, LAYOUT.frames[kind])
-    patches = transfusion.patchify(batch.signals[kind], *cut)
+    side = 4 if kind == 3 else 2
+    patches = transfusion.patchify(batch.signals[kind], side)
     patches[divmod(place, small.POSITIONS[kind])] += 1
-    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], *cut)
+    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], side)
     return batch._replace(signals=tuple(latents if k == kind else x
                                         for k, x in enumerate(batch.signals)))
 
@@ -204,7 +201,7 @@ def test_a_velocity_that_is_off_by_c_costs_c_squared(model, by_hand, off, expect
 
         def forward(self, hidden):
             velocity = by_hand[KINDS.index(self.kind)][3]
-            return transfusion.patchify(velocity, *model.cut(self.kind)).flatten(0, 1) + off
+            return transfusion.patchify(velocity, model.patch(self.kind)).flatten(0, 1) + off
 
     for kind in KINDS:
         model.patch_out[str(kind)] = Exact(kind)
@@ -408,23 +405,3 @@ def test_one_batch_is_memorised():
     from_text = (batch.targets >= 0) & (batch.modality == 0)
     assert parts["text"] < small.floor(small.ROWS, from_text) + 0.01
     assert max(parts[data.MODALITIES[kind]] for kind in KINDS) < 0.02
-
-
-@pytest.mark.parametrize("tube, tables", [(1, {"1", "2"}), (2, {"1", "2", "3"})])
-def test_frames_that_are_cut_like_pictures_have_the_places_of_pictures_and_one_in_time(tube,
-                                                                                       tables):
-    torch.manual_seed(0)
-    config = transfusion.TransfusionConfig(**small.SIZE, tube=tube)
-    model = transfusion.Transfusion(config, small.LAYOUT["transfusion"])
-    assert all(part.keys() == tables for part in (model.patch_in, model.patch_out,
-                                                  model.patch_place))
-    assert model.frame_place.keys() == {"3"}
-    pictures, times, clip = (model.patch_place[model.table(3)], model.frame_place["3"],
-                             model.place(3))
-    assert len(clip) == model.span_lengths[3] == 16 // tube and len(times) == 4 // tube
-    for i, place in enumerate(clip):            # four patches of each frame, frame after frame
-        torch.testing.assert_close(place, pictures[i % 4] + times[i // 4, 0])
-    for kind in (1, 2):
-        assert torch.equal(model.place(kind), model.patch_place[str(kind)])
-    alone = transfusion.Transfusion(config, small.layout_of("transfusion", ["video"]))
-    assert alone.patch_in.keys() == {"3"}       # without pictures a clip has its own
