@@ -5,7 +5,7 @@
     motion      captions and clips
     stories     words alone, whose entropy is known
     all         the four together, and documents that cross modalities: words, picture, words and
-                sound; words, clip and the sound of that clip
+                the sound of that picture; a clip and its sound, with words and without
 
 A pair is stored with its words first; `data.Batches` turns some around, and leaves some words out.
 """
@@ -81,10 +81,11 @@ def stories_documents(table, count):
 
 
 def crossing_documents(table, count):
-    """A third each: words, picture, words, sound; words, clip, its sound; clip, its sound."""
+    """A third each: words, picture, words, its sound; words, clip, its sound; clip, its sound."""
     for number in range(count):
         if number % 3 == 0:
-            scene, sound = shapes.sample(table.rng), tones.sample(table.rng)
+            scene = shapes.sample(table.rng)
+            sound = sound_of_picture(scene)
             table.documents.append([("text", shapes.describe(scene, table.rng)),
                                     table.draw("image", scene),
                                     ("text", tones.describe(sound, table.rng)),
@@ -93,19 +94,29 @@ def crossing_documents(table, count):
             scene = motion.sample(table.rng)
             words = [("text", motion.describe(scene, table.rng))] if number % 3 == 1 else []
             table.documents.append([*words, table.draw("video", scene),
-                                    table.draw("audio", sound_of(scene))])
+                                    table.draw("audio", sound_of_clip(scene))])
 
 
-SOUNDS = {"stays": ["C5"], "moves slowly": ["E5"], "moves fast": ["B5"], "bounces": ["C5", "B5"],
-          "turns": ["C#6"], "becomes": ["D#6"]}
+# How a thing sounds: no held-out pair of tones.py occurs
 TIMBRES = {"circle": "sine", "square": "square", "triangle": "sawtooth", "cross": "square"}
+LOUDNESSES = {"small": "soft", "large": "loud"}
+ROWS = "D#6", "B5", "E5"                                    # what is higher up sounds higher
+ACTIONS = {"stays": ["C5"], "moves slowly": ["E5"], "moves fast": ["B5"], "bounces": ["C5", "B5"],
+           "turns": ["C#6"], "becomes": ["D#6"]}
 
 
-def sound_of(clip):
-    """The scene of a clip -> that of its sound: the thing's shape is heard as timbre, its size (at
-    first) as loudness, what it does as notes. No held-out pair of tones.py occurs."""
-    return tones.make_scene(TIMBRES[clip.shape], {"small": "soft", "large": "loud"}[clip.size],
-                            SOUNDS[clip.action])
+def sound_of_picture(scene):
+    """A scene of shapes.py -> that of its sound: a note for each row where a thing is, in the
+    timbre of the first thing's shape, as loud as that is large."""
+    first = scene.things[0]
+    notes = {ROWS[shapes.PLACES.index(thing.place) // 3] for thing in scene.things}
+    return tones.make_scene(TIMBRES[first.shape], LOUDNESSES[first.size], notes)
+
+
+def sound_of_clip(scene):
+    """A scene of motion.py -> that of its sound: notes for what the thing does, in the timbre of
+    its shape, as loud as it is large (at first)."""
+    return tones.make_scene(TIMBRES[scene.shape], LOUDNESSES[scene.size], ACTIONS[scene.action])
 
 
 def toy_corpus(name, rng, examples=0, size=32):
@@ -124,7 +135,7 @@ def toy_corpus(name, rng, examples=0, size=32):
     if name in ("stories", "all"):
         stories_documents(table, count if name == "stories" else count // 10)
     if name == "all":
-        crossing_documents(table, count // 30)
+        crossing_documents(table, count // 10)
     if len(table.documents) < 2:
         raise InputError(f"--examples {count}: too few to train on {name}")
     return table.corpus()

@@ -27,7 +27,7 @@ import math
 import numpy as np
 import torch
 
-from corpora import WORLDS, sound_of
+from corpora import WORLDS, sound_of_clip
 from data import IGNORE, measure, pack, to_signal, tokenize
 from vqvae import spectrum
 from worlds import shapes, stories
@@ -145,7 +145,7 @@ def score_sound_of_video(system, count, seed):
     scenes, _, clips = fresh_cases("video", count, np.random.default_rng(seed))
     drawn = system.follow([("video", clip) for clip in clips], "audio")
     return {"sound_of_video_exact": exact(grade_all("audio", drawn),
-                                          [sound_of(scene) for scene in scenes]),
+                                          [sound_of_clip(scene) for scene in scenes]),
             "sound_of_video_exact_n": count}
 
 

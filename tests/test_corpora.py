@@ -9,7 +9,8 @@ from PIL import Image
 from adapter import load
 
 corpora, data, media = load("corpora"), load("data"), load("media")
-motion, stories, tones = (load(f"worlds.{name}") for name in ("motion", "stories", "tones"))
+motion, shapes, stories, tones = (load(f"worlds.{name}")
+                                  for name in ("motion", "shapes", "stories", "tones"))
 InputError = data.InputError
 
 
@@ -57,7 +58,7 @@ def test_all_holds_every_kind_of_document_and_uses_each_signal_once(everything):
 
 def test_all_is_as_large_as_its_share_of_each_world_says(everything):
     counts = {name: len(table) for name, table in everything.signals.items()}
-    crossing = 600 // 30
+    crossing = 600 // 10
     assert 300 + crossing // 3 <= counts["image"] <= 302 + crossing // 3 + 1
     assert counts["audio"] == 60 + crossing
     assert counts["video"] == 120 + sum(number % 3 > 0 for number in range(crossing))
@@ -69,20 +70,30 @@ def test_what_crosses_modalities_is_true(everything):
             for words, seen in (document[:2], document[2:]):
                 world = corpora.WORLDS[seen[0]]
                 assert world.parse(words[1]) == world.grade(signal(everything, seen)) is not None
+            picture, sound = (words for name, words in document if name == "text")
+            assert tones.parse(sound) == corpora.sound_of_picture(shapes.parse(picture))
         elif kinds(document)[-2:] == ("video", "audio"):
             clip = motion.grade(signal(everything, document[-2]))
             sound = tones.grade(signal(everything, document[-1]))
-            assert clip is not None and sound == corpora.sound_of(clip)
+            assert clip is not None and sound == corpora.sound_of_clip(clip)
             if len(document) == 3:
                 assert motion.parse(document[0][1]) == clip
 
 
-def test_sounds_of_clips_tell_them_apart_and_hold_nothing_held_out():
+@pytest.mark.parametrize("world, sound_of, count", [
+    (motion, corpora.sound_of_clip, 3 * 2 * 6),             # timbres, loudnesses, actions
+    (shapes, corpora.sound_of_picture, 3 * 2 * 6)])         # a row, or two of three
+def test_sounds_tell_what_is_seen_apart_and_hold_nothing_held_out(world, sound_of, count):
     rng = np.random.default_rng(0)
-    scenes = [motion.sample(rng) for _ in range(3000)]
-    sounds = {corpora.sound_of(scene) for scene in scenes}
+    sounds = {sound_of(world.sample(rng)) for _ in range(3000)}
     assert not any(map(tones.is_held_out, sounds))
-    assert len(sounds) == 3 * 2 * len(motion.ACTIONS)       # timbre, loudness, notes
+    assert len(sounds) == count
+
+
+def test_what_is_higher_up_in_a_picture_sounds_higher():
+    scene = shapes.parse("at the top a small red square and at the bottom a large blue circle on "
+                         "white.")
+    assert corpora.sound_of_picture(scene) == tones.Scene("square", "soft", ("E5", "D#6"))
 
 
 def test_a_corpus_is_a_function_of_its_generator():

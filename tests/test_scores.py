@@ -31,7 +31,8 @@ class Known:
     def follow(self, segments, name):
         assert name == "audio" and {kind for kind, _ in segments} == {"video"}
         grade = corpora.WORLDS["video"].grade
-        return self.render([corpora.sound_of(grade(clip.numpy())) for _, clip in segments], name)
+        seen = [grade(clip.numpy()) for _, clip in segments]
+        return self.render(list(map(corpora.sound_of_clip, seen)), name)
 
     def render(self, scenes, name):
         drawn = [corpora.WORLDS[name].render(scene) for scene in scenes]
