@@ -13,8 +13,8 @@ Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341,
 decoder learns from noisy latents (RAE, arXiv 2510.11690), since drawn ones are a little off.
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
 The encoder and decoder are the same for both, so the difference in PSNR is what quantizing loses.
-Sound is a picture too: `spectrum` makes one of a waveform, `waveform` undoes it (Griffin-Lim), and
-only the channels, size and strides of the autoencoder change.
+Sound is a picture too: `spectrum` makes one of a waveform, `waveform` undoes it (Griffin-Lim). A
+clip is its frames in turn. Only channels, size, strides and widths change (autoencoders.py).
 
     python vqvae.py                          the idea on one batch, untrained, in seconds
     python train.py vqvae                    train the discrete one: ~36 dB, every code in use

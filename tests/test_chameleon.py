@@ -199,7 +199,7 @@ def test_the_loss_against_a_loop_over_positions(model):
     batch = pack(spans=small.PADDED)
     loss, parts = model.loss(batch)
     logits = model.head(model(batch)).double()
-    errors, z, right = {name: [] for name in data.MODALITIES}, [], []
+    errors, z, right, weights = {name: [] for name in data.MODALITIES}, [], [], []
     for b in range(2):
         for i in range(small.LENGTH - 1):
             if batch.document[b, i] == batch.document[b, i + 1] > 0:
@@ -207,6 +207,7 @@ def test_the_loss_against_a_loop_over_positions(model):
                 name = data.MODALITIES[batch.modality[b, i + 1]]
                 errors[name].append(-logits[b, i].log_softmax(-1)[following].item())
                 z.append(logits[b, i].logsumexp(-1).item() ** 2)
+                weights.append(2 if name == "text" else 1)
                 if name == "text":
                     right.append(logits[b, i].argmax().item() == following)
     for name in errors:
@@ -214,15 +215,16 @@ def test_the_loss_against_a_loop_over_positions(model):
         assert parts[name].item() == pytest.approx(mean, rel=1e-5)
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
     assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
-    every = sum(errors.values(), [])
-    expected = sum(every) / len(every) + 1e-5 * sum(z) / len(z)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    codes = sum((errors[data.MODALITIES[kind]] for kind in KINDS), [])
+    expected = 2 * sum(errors["text"]) + sum(codes) + 1e-5 * sum(map(math.prod, zip(weights, z)))
+    assert loss.item() == pytest.approx(expected / sum(weights), rel=1e-5)
 
 
-def test_the_z_loss_is_weighed_by_the_config(model):
+def test_the_z_loss_is_weighed_by_the_config():
     batch = pack()
-    heavy = small.model("chameleon", z_loss=0.5)
-    (light_loss, parts), (heavy_loss, _) = model.loss(batch), heavy.loss(batch)
+    light, heavy = (small.model("chameleon", z_loss=weight, text_weight=1.0)
+                    for weight in (1e-5, 0.5))
+    (light_loss, parts), (heavy_loss, _) = light.loss(batch), heavy.loss(batch)
     torch.testing.assert_close(heavy_loss - light_loss, (0.5 - 1e-5) * parts["log_z_squared"])
 
 
@@ -339,5 +341,7 @@ def test_an_untrained_model_predicts_nothing_yet():
 
 def test_one_batch_is_memorised():
     batch = pack(spans=small.PADDED)
-    loss, _ = small.memorise(small.untrained("chameleon"), batch)
-    assert loss < small.floor(small.ROWS, batch.targets >= 0) + 0.01
+    _, parts = small.memorise(small.untrained("chameleon"), batch)
+    is_text = (batch.targets >= 0) & (batch.targets < LAYOUT.first_code)
+    assert parts["text"] < small.floor(small.ROWS, is_text) + 0.01
+    assert max(parts[data.MODALITIES[kind]] for kind in KINDS) < 0.01
