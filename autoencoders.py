@@ -39,9 +39,9 @@ def autoencoder_config(kind, config, **options):
     shape = {"size": (config.picture_size, config.picture_size)}
     if kind == "audio":
         shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
-    elif kind == "video" and options["bottleneck"] == "vq":     # a frame in 16 codes: it shows one
-        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 128, 128),   # thing, and a clip has 8
-                  "latent_channels": 8, "codes": 1024}
+    if kind == "video":     # a frame in 4 x 4, not 8 x 8: it shows one thing, and a clip has eight
+        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 128, 128), "latent_channels": 8,
+                  "codes": 1024}
     return VQVAEConfig(**{**shape, **options})
 
 

@@ -78,7 +78,7 @@ class TrainConfig:
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
+           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3}, "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 6800, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
@@ -258,11 +258,10 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     codecs = codecs_by(untrained)
     layout = layout_of(tokenizer, codecs)
     for modality, codec in codecs.items():
-        option = "video_patch" if modality == "video" else "patch"
-        patch, grid = getattr(model_config, option, 1), codec.autoencoder.config.grid
+        patch, grid = getattr(model_config, "patch", 1), codec.autoencoder.config.grid
         if any(side % patch for side in grid):
-            raise InputError(f"--{option.replace('_', '-')} is {patch}; it must divide the latents "
-                             f"of {modality}, {grid[0]} x {grid[1]}")
+            raise InputError(f"--patch is {patch}; it must divide the latents of {modality}, "
+                             f"{grid[0]} x {grid[1]}")
     torch.manual_seed(config.seed)
     model = build(arch, setting, dataclasses.asdict(model_config), layout, mot)
     plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)

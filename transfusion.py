@@ -17,7 +17,7 @@ Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
 Symbols: B rows, T positions, D width, H heads, h head width, S new positions beside a cache, L
 positions in the cache, N signals, C latent channels, V ids of the vocabulary, P values of one patch
-(2 * 2 * C, of a clip 4 * 4 * C), n patches of a span.
+(2 * 2 * C), n patches of a span.
 Masks: True = may attend. Time: t = 0 is data, t = 1 is noise.
 """
 
@@ -37,7 +37,6 @@ class TransfusionConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
-    video_patch: int = 4            # that of a clip, whose frames show less and which has eight
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
@@ -232,7 +231,7 @@ class Transfusion(nn.Module):
         self.span_lengths = [0] * len(layout.shapes)    # by modality, positions that a span takes
         for kind, shape in enumerate(layout.shapes):
             if shape:
-                n = self.span_lengths[kind] = shape[1] * shape[2] // self.patch(kind) ** 2
+                n = self.span_lengths[kind] = shape[1] * shape[2] // config.patch ** 2
                 P = math.prod(shape) // n
                 self.patch_in[str(kind)] = nn.Linear(P, D)
                 self.patch_out[str(kind)] = nn.Linear(D, P)
@@ -258,10 +257,6 @@ class Transfusion(nn.Module):
         for out in self.patch_out.values():
             nn.init.zeros_(out.weight)
 
-    def patch(self, kind):
-        """The side of a patch of this modality, in latents."""
-        return self.config.video_patch if kind == 3 else self.config.patch
-
     def backbone(self, x, batch, rope, mask, cache=None):
         """x (B, S, D) through all blocks; batch: what mot.py routes by."""
         for block in self.blocks:
@@ -277,7 +272,7 @@ class Transfusion(nn.Module):
         parts = [self.token_embedding(batch.tokens.flatten()[batch.order[:batch.sizes[0]]])]
         for kind, (latents, t) in enumerate(zip(batch.signals, times)):
             if latents is not None:
-                x = self.patch_in[str(kind)](patchify(latents, self.patch(kind)))   # (spans, n, D)
+                x = self.patch_in[str(kind)](patchify(latents, self.config.patch))  # (spans, n, D)
                 x = x + self.patch_place[str(kind)] + self.time_embedding(t)[:, None]
                 parts.append(x.flatten(0, 1))
         x = torch.cat(parts)[batch.inverse].view(B, S, -1)      # by modality -> (B, S, D)
@@ -323,7 +318,7 @@ class Transfusion(nn.Module):
         for kind, velocity in enumerate(velocities):
             if velocity is not None:
                 predicted = self.patch_out[str(kind)](by_modality[kind]).float()
-                target = patchify(velocity, self.patch(kind)).flatten(0, 1)
+                target = patchify(velocity, self.config.patch).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
                 share = (error * batch.real[kind]).sum() * self.span_lengths[kind] / totals[1]
                 loss = loss + self.config.diffusion_weight * share      # each patch counts alike
@@ -440,7 +435,7 @@ class Transfusion(nn.Module):
     def velocity(self, prompt, cache, kind, x, t):
         hidden = self.extend(prompt, cache, 0, kind=kind, latents=x, t=t)
         patches = self.patch_out[str(kind)](hidden).float()                     # (B, n, P)
-        return unpatchify(patches, self.layout.shapes[kind], self.patch(kind))
+        return unpatchify(patches, self.layout.shapes[kind], self.config.patch)
 
 
 def main():

@@ -130,7 +130,7 @@ def generate_latents(model, document, noise, size, spans, steps, guidance):
                     row = hidden_after(model, prefix + [layout.pad] * n, [*before, (kind, x)], t)
                     patches = model.patch_out[str(kind)](row[-n:])[None]
                     velocities.append(transfusion.unpatchify(patches, layout.shapes[kind],
-                                                             model.patch(kind))[0])
+                                                             model.config.patch)[0])
                 conditional, null = velocities
                 x = x - (null + guidance * (conditional - null)).detach() / steps
             drawn.append((kind, x))

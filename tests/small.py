@@ -14,8 +14,7 @@ SETTINGS = ("transfusion", "chameleon")
 POSITIONS = [0, 4, 2, 8]
 TOKENIZER = data.Tokenizer()
 SIZE = {"width": 32, "depth": 2, "heads": 2, "hidden": 64}
-# patches of latents are 2 x 2, of clips 4 x 4
-SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 16, 8)},
+SHAPES = {"transfusion": {"image": (2, 4, 4), "audio": (3, 2, 4), "video": (2, 8, 4)},  # 2 x 2 each
           "chameleon": {"image": (2, 2, 2), "audio": (2, 1, 2), "video": (2, 4, 2)}}
 CODES = {"transfusion": {}, "chameleon": {"image": 8, "audio": 5, "video": 7}}
 LAYOUT = {setting: TOKENIZER.layout(SHAPES[setting], CODES[setting]) for setting in SETTINGS}

@@ -98,10 +98,9 @@ def perturbed(batch, b, j):
         return batch._replace(tokens=tokens)
     block = batch.order[sum(batch.sizes[:kind]):][:batch.sizes[kind]]
     place = (block == b * batch.tokens.shape[1] + j).nonzero().item()
-    side = 4 if kind == 3 else 2
-    patches = transfusion.patchify(batch.signals[kind], side)
+    patches = transfusion.patchify(batch.signals[kind], 2)
     patches[divmod(place, small.POSITIONS[kind])] += 1
-    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], side)
+    latents = transfusion.unpatchify(patches, LAYOUT.shapes[kind], 2)
     return batch._replace(signals=tuple(latents if k == kind else x
                                         for k, x in enumerate(batch.signals)))
 
@@ -201,7 +200,7 @@ def test_a_velocity_that_is_off_by_c_costs_c_squared(model, by_hand, off, expect
 
         def forward(self, hidden):
             velocity = by_hand[KINDS.index(self.kind)][3]
-            return transfusion.patchify(velocity, model.patch(self.kind)).flatten(0, 1) + off
+            return transfusion.patchify(velocity, 2).flatten(0, 1) + off
 
     for kind in KINDS:
         model.patch_out[str(kind)] = Exact(kind)
