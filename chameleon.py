@@ -34,7 +34,7 @@ class ChameleonConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
-    text_weight: float = 2.0        # of a word in the loss; a code has 1, and a picture many codes
+    text_weight: float = 3.0        # of a word in the loss; a code has 1, and a picture many codes
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
 

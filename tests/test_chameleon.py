@@ -207,7 +207,7 @@ def test_the_loss_against_a_loop_over_positions(model):
                 name = data.MODALITIES[batch.modality[b, i + 1]]
                 errors[name].append(-logits[b, i].log_softmax(-1)[following].item())
                 z.append(logits[b, i].logsumexp(-1).item() ** 2)
-                weights.append(2 if name == "text" else 1)
+                weights.append(3 if name == "text" else 1)
                 if name == "text":
                     right.append(logits[b, i].argmax().item() == following)
     for name in errors:
@@ -216,7 +216,7 @@ def test_the_loss_against_a_loop_over_positions(model):
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
     assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
     codes = sum((errors[data.MODALITIES[kind]] for kind in KINDS), [])
-    expected = 2 * sum(errors["text"]) + sum(codes) + 1e-5 * sum(map(math.prod, zip(weights, z)))
+    expected = 3 * sum(errors["text"]) + sum(codes) + 1e-5 * sum(map(math.prod, zip(weights, z)))
     assert loss.item() == pytest.approx(expected / sum(weights), rel=1e-5)
 
 

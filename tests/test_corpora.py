@@ -58,10 +58,10 @@ def test_all_holds_every_kind_of_document_and_uses_each_signal_once(everything):
 
 def test_all_is_as_large_as_its_share_of_each_world_says(everything):
     counts = {name: len(table) for name, table in everything.signals.items()}
-    crossing = 600 // 10
-    assert 300 + crossing // 3 <= counts["image"] <= 302 + crossing // 3 + 1
+    crossing = 600 // 20
+    assert 200 + crossing // 3 <= counts["image"] <= 202 + crossing // 3 + 1
     assert counts["audio"] == 60 + crossing
-    assert counts["video"] == 120 + sum(number % 3 > 0 for number in range(crossing))
+    assert counts["video"] == 180 + sum(number % 3 > 0 for number in range(crossing))
 
 
 def test_what_crosses_modalities_is_true(everything):
