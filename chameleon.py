@@ -7,9 +7,9 @@ Paper: Chameleon Team, "Chameleon: Mixed-Modal Early-Fusion Foundation Models" (
 As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) with QK-norm, z-loss
 1e-5, and generation that allows, at each step, only ids of the modality in turn (Sec. 2.4).
 As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
-Added: a learned place for each code of a picture, beside the rotary positions; noise on the codes of
-a picture that is being learned, without which words bind to places very late; and a larger weight
-for words, of which reading a picture needs every one.
+Added: a learned place for each code of a picture, beside the rotary positions; noise on the codes
+of a picture that is being learned, without which words bind to places very late; and a larger
+weight for words, of which reading a picture needs every one.
 Left out: norm re-ordering and dropout (needed from 7B parameters up), grouped queries (34B).
 
     python chameleon.py           one real batch, taken apart: seconds, no training
