@@ -78,7 +78,8 @@ class TrainConfig:
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3}, "vqvae-kl video": {"steps": 2400},
+           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3}, "vqvae-vq video": {"lr": 1.5e-3},
+           "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 6800, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
