@@ -131,7 +131,7 @@ def digest_of(corpus):
 
 
 def train_vqvae(config, model_options, resume=False):
-    """python train.py vqvae: an autoencoder of pictures and frames, or one of sounds, or both."""
+    """python train.py vqvae: an autoencoder for each modality that the data has."""
     device, bottleneck = pick_device(config.device), model_options.get("bottleneck", "vq")
     if config.data == "stories":
         raise InputError("--data stories: words alone need no autoencoder")
