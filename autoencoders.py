@@ -51,16 +51,12 @@ def signals_of(kind, corpus):
     return stored.reshape(-1, *stored.shape[2:]) if kind == "video" and len(stored) else stored
 
 
-def as_picture(kind):
-    """What makes pictures of signals as `signals_of` has them."""
-    return spectrum if kind == "audio" else lambda pictures: pictures
-
-
 def train_autoencoder(kind, corpus, held_out, model_config, config, device, data_name, folder=None,
                       resume=False):
     """Train an autoencoder on a corpus's signals, go on with one that was not finished, or load one
     that was -> (VQVAE, its folder). With `resume` there must be one."""
     stored = signals_of(kind, corpus)
+    as_picture = spectrum if kind == "audio" else torch.as_tensor       # the others are pictures
     key = {"format": FORMAT, "data": hashlib.sha256(np.ascontiguousarray(stored)).hexdigest(),
            "model": dataclasses.asdict(model_config), "steps": config.steps,
            "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
@@ -78,7 +74,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         return load_autoencoder(kept["autoencoder"]).to(device), folder
     begun, config = time.time(), dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
     torch.manual_seed(config.seed)
-    batches = Signals(stored, parts_of(config), config.seed, as_picture(kind))
+    batches = Signals(stored, parts_of(config), config.seed, as_picture)
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
     if kept:
         FAST_BF16.update(kept["bf16"])
@@ -88,11 +84,11 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         from_first(lambda: make_folder(folder))
     seen = signals_of(kind, held_out) if held_out else ()
     some = seen if len(seen) else stored
-    shown = as_picture(kind)(to_signal(some[::max(1, len(some) // 12)][:12])).to(device)
+    shown = as_picture(to_signal(some[::max(1, len(some) // 12)][:12])).to(device)
     about = {"arch": "vqvae", "setting": model_config.bottleneck, "key": key}
     train_and_save(trainer, shown, kind, about)
     with torch.no_grad(), precision(device):
-        trainer.model.fit_scale(as_picture(kind)(to_signal(stored[:4000])).to(device))
+        trainer.model.fit_scale(as_picture(to_signal(stored[:4000])).to(device))
     if rank() == 0:
         report = {"arch": "vqvae", "setting": model_config.bottleneck, "data": data_name,
                   "reads": kind, **facts(trainer), "wall_seconds": round(time.time() - begun, 1),

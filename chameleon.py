@@ -256,8 +256,8 @@ class Chameleon(nn.Module):
 
     def weights(self, targets):
         """What each target counts in the loss: 0 where there is none."""
-        is_text = (targets < self.layout.first_code).float()
-        return (targets >= 0).float() * (1 + (self.config.text_weight - 1) * is_text)
+        weights = torch.where(targets < self.layout.first_code, self.config.text_weight, 1.0)
+        return weights * (targets >= 0)
 
     def totals(self, batch):
         """What the loss divides by: the weight of all targets -> (1,)."""

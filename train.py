@@ -256,10 +256,10 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     def codecs_by(autoencoders):
         return {name: Codec(name, autoencoders[name], frames_of(name, corpus))
                 for name in corpus.signals}
-    codecs = codecs_by(untrained)
+    codecs, patch = codecs_by(untrained), getattr(model_config, "patch", 1)
     layout = layout_of(tokenizer, codecs)
     for modality, codec in codecs.items():
-        patch, grid = getattr(model_config, "patch", 1), codec.autoencoder.config.grid
+        grid = codec.autoencoder.config.grid
         if any(side % patch for side in grid):
             raise InputError(f"--patch is {patch}; it must divide the latents of {modality}, "
                              f"{grid[0]} x {grid[1]}")

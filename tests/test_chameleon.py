@@ -193,6 +193,16 @@ def test_attention_by_hand_normalises_each_head_of_q_and_k_then_rotates_then_att
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
 
 
+def test_each_modality_has_places_of_its_own_and_text_has_none(model, monkeypatch):
+    batch, looked_up, embed = pack(), [], model.place_embedding.forward
+    monkeypatch.setattr(model.place_embedding, "forward",
+                        lambda places: looked_up.append(places) or embed(places))
+    model(batch)
+    for kind, places in enumerate(([0], range(1, 5), range(5, 7), range(7, 15))):
+        assert set(looked_up[0][batch.modality == kind].tolist()) == set(places)
+    assert model.place_embedding.num_embeddings == 15
+
+
 # --- the loss ------------------------------------------------------------------------------------
 
 def test_the_loss_against_a_loop_over_positions(model):
