@@ -112,7 +112,7 @@ def measure_steps(trainers, batches, device, rounds=8):
 class Uncached:
     """Stands for a model's `forward`: what its caches would keep is computed anew in each call.
 
-    Rows must be equally long; `cache.lengths` still says how much of them was kept.
+    The rows of a prompt must be equally long; `cache.lengths` still says how much of them was kept.
     """
 
     def __init__(self, model):
@@ -120,12 +120,21 @@ class Uncached:
 
     def __call__(self, batch, *arguments):
         *times, cache = arguments                       # Transfusion's forward has times, too
-        S, length = batch.tokens.shape[1], int(cache.lengths[0])
+        cache.used = int(cache.lengths.max()) + batch.tokens.shape[1]
         batch = whole(batch)
-        if length:
-            batch, times = self.after(self.kept[cache], length, batch, times)
-        self.kept[cache], cache.used = batch, length + S
-        return self.forward(batch, *times)[:, -S:]
+        if not cache.lengths.any():
+            self.kept[cache] = [batch]
+            return self.forward(batch, *times)
+        before, hidden = self.kept[cache], []
+        B = len(before[0].tokens)
+        if len(cache.lengths) > B * len(before):        # doubled: the null branch of guidance
+            before.append(before[0])
+        for number, rows in enumerate(torch.arange(len(cache.lengths)).split(B)):
+            part = batch._replace(**{name: getattr(batch, name)[rows] for name in POSITIONS})
+            before[number], clean = self.after(before[number], int(cache.lengths[rows[0]]), part,
+                                               times)
+            hidden.append(self.forward(before[number], *clean)[:, -batch.tokens.shape[1]:])
+        return torch.cat(hidden)
 
     def after(self, before, length, batch, times):
         """A batch behind the first `length` positions of another -> that batch, [its times]."""

@@ -185,6 +185,12 @@ class Cache:
             kept[rows, self.positions(k.shape[1])] = new.to(kept.dtype)
         return [kept[:, :self.used] for kept in self.kept[layer]]
 
+    def double(self):
+        """Each row once more, of which its first position alone is kept: <bos>."""
+        self.kept = {layer: [x.repeat(2, 1, 1, 1) for x in kept]
+                     for layer, kept in self.kept.items()}
+        self.lengths = torch.cat([self.lengths, torch.ones_like(self.lengths)])
+
     def mask(self, mask):
         """The mask among S new positions (B, 1, S, S) -> over all that is kept (B, 1, S, L)."""
         S = mask.shape[-1]
@@ -203,7 +209,9 @@ def choose(logits, temperature):
     """logits (B, V) -> (B,): the best at temperature 0, else a sample."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+    share = (logits / temperature).softmax(-1).cumsum(-1)       # one random number a row: drawing
+    number = torch.rand(len(share), 1, device=share.device)     # one for each id is much slower
+    return (share / share[:, -1:] <= number).sum(-1)
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -315,25 +323,26 @@ class Chameleon(nn.Module):
         B, device = len(prompt.tokens), prompt.tokens.device
         lengths = (prompt.document > 0).sum(1)
         tokens = F.pad(prompt.tokens, (0, size - prompt.tokens.shape[1]), value=self.layout.pad)
-        cache, null = Cache(B, size + 1, device), Cache(B, size + 1, device)
-        hidden = self(prompt, cache)                                                # (B, S, D)
-        hidden = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
-        cache.lengths += lengths
+        cache, guided = Cache(B, size + 1, device), guidance != 1 and spans > 0
+        self(prompt, cache)
+        cache.lengths += lengths - 1            # the last id is run once more, below
+        if guided:
+            cache.double()                      # the null branch: <bos> <begin>, codes so far
         last = tokens.gather(1, lengths[:, None] - 1)[:, 0]                         # (B,)
         nothing = torch.zeros_like(last)
-        self.extend(prompt, null, 1, torch.full_like(last, self.layout.bos), nothing, nothing)
         kind, left, drawn, done = self.advance(last, nothing, nothing, nothing, spans)
         done |= lengths >= size
         counts, place = torch.tensor(self.span_lengths, device=device), nothing
         while not done.all():
-            logits = self.head(hidden[:, -1]).float()                               # (B, V)
-            null.lengths.masked_fill_(kind == 0, 1)     # null branch: <bos> <begin>, codes so far
-            if guidance != 1 and (kind > 0).any():
-                alone = self.extend(prompt, null, kind > 0, last, kind, place)
-                guided = guide(logits, self.head(alone[:, -1]).float(), guidance)
-                logits = torch.where(kind[:, None] > 0, guided, logits)
+            hidden = self.extend(prompt, cache, last, kind, place)                  # (B or 2 B, D)
+            logits, inside = self.head(hidden).float(), kind > 0
+            cache.lengths[:B] += ~done
+            if guided:
+                logits, alone = logits.chunk(2)                                     # (B, V)
+                cache.lengths[B:] = torch.where(inside, cache.lengths[B:] + 1, 1)
+                logits = torch.where(inside[:, None], guide(logits, alone, guidance), logits)
             logits = allow(logits, self.layout, kind, left, size - lengths)
-            last = torch.where(kind > 0, choose(logits, code_temperature),
+            last = torch.where(inside, choose(logits, code_temperature),
                                choose(logits, temperature))
             end = lengths[:, None].clamp(max=size - 1)
             kept = tokens.gather(1, end)[:, 0]
@@ -341,7 +350,6 @@ class Chameleon(nn.Module):
             lengths = lengths + ~done
             kind, left, drawn, stopped = self.advance(last, kind, left, drawn, spans)
             place = counts[kind] - left                 # of a code within its span, else 0
-            hidden = self.extend(prompt, cache, ~done, last, kind, place)
             done = done | stopped | (lengths >= size)
         return tokens, [None] * 4
 
@@ -359,17 +367,18 @@ class Chameleon(nn.Module):
                 left = left.masked_fill(opened, self.span_lengths[m])
         return kind, left, drawn, stopped
 
-    def extend(self, prompt, cache, keep, last, kind, place):
-        """Run the last id of each row (B,) after the cache -> (B, 1, D); `keep` rows keep it."""
+    def extend(self, prompt, cache, last, kind, place):
+        """Run the last id of each row (B,) after all that its cache has, which may have two rows
+        for each -> (B or 2 B, D)."""
+        copies = len(cache.lengths) // len(last)
+        last, kind, place = (x.repeat(copies) for x in (last, kind, place))
         modality = kind * (last >= self.layout.first_code)          # brackets of a span are text
         order = modality.argsort(stable=True)           # which rows write codes; MoT routes by it
         sizes = tuple(torch.bincount(modality, minlength=4).tolist())
         step = prompt._replace(tokens=last[:, None], document=torch.ones_like(last)[:, None],
                                modality=modality[:, None], place=place[:, None], order=order,
                                inverse=order.argsort(), sizes=sizes)
-        hidden = self(step, cache)
-        cache.lengths += keep
-        return hidden
+        return self(step, cache)[:, 0]
 
 
 def main():

@@ -280,8 +280,10 @@ def plan_rows(corpus, tokenizer, positions, count, length=0):
 
 
 def measure(document, positions):
-    """Positions a tokenized document takes, with <bos>, <eos> and the brackets of its spans."""
-    return 2 + sum(len(content) if kind == 0 else positions[kind] + 2 for kind, content in document)
+    """Positions a tokenized document takes, with <bos>, <eos> and the brackets of its spans; a span
+    that is only opened takes one."""
+    return 2 + sum(len(content) if kind == 0 else 1 if content is None else positions[kind] + 2
+                   for kind, content in document)
 
 
 class Batches:
@@ -531,7 +533,7 @@ def pack_prompts(documents, tokenizer, layout, positions, encoded):
     """Open documents [(name, str, a signal's number or None: to draw), ...], one a row -> Batch."""
     rows = [[tokenize(document, tokenizer)] for document in documents]
     length = max(measure(document, positions) for row in rows for document in row)
-    return pack(rows, length, layout, positions, encoded, finished=False)
+    return pack(rows, length - 1, layout, positions, encoded, finished=False)       # without <eos>
 
 
 def unpack(tokens, latents, layout, tokenizer):

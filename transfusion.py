@@ -214,7 +214,9 @@ def choose(logits, temperature):
     """logits (B, V) -> (B,): the best at temperature 0, else a sample."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+    share = (logits / temperature).softmax(-1).cumsum(-1)       # one random number a row: drawing
+    number = torch.rand(len(share), 1, device=share.device)     # one for each id is much slower
+    return (share / share[:, -1:] <= number).sum(-1)
 
 
 # --- model ---------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_generation_without_caches_is_that_with_them(setting, towers):
             if x is not None:
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     lengths = [length for length, _ in calls]
-    assert max(lengths) > 50 and min(lengths) == 1          # it did go through whole rows
+    assert max(lengths) > 50 and min(lengths) < 3           # it did go through whole rows
     assert len(calls[0][1]) == (setting == "transfusion")   # times, but never a cache
 
 

@@ -263,11 +263,29 @@ def test_cached_equals_uncached_for_text_and_across_spans_in_rows_of_other_lengt
             at = torch.tensor(starts) + step
             last, kind, place = (x.gather(1, at[:, None])[:, 0]
                                  for x in (batch.tokens, batch.modality, batch.place))
-            model.extend(batch, cache, 0, (last + 1) % 256, kind, place * 0)    # not kept
-            found = model.extend(batch, cache, 1, last, kind, place)[:, 0]
+            model.extend(batch, cache, (last + 1) % 256, kind, place * 0)       # not kept
+            found = model.extend(batch, cache, last, kind, place)
+            cache.lengths += 1
             for b in range(4):
                 if batch.document[b, at[b]]:
                     torch.testing.assert_close(found[b], expected[b, at[b]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_doubled_cache_has_each_row_once_more_and_keeps_its_first_position(model):
+    batch = pack([[[("text", "ab")]], [[("text", "wxyz")]]], finished=False)
+    alone = pack([[[]], [[]]], finished=False)                          # <bos>, and nothing else
+    last, zero = torch.tensor([97, 98]), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        expected = []
+        for prompt in (batch, alone):
+            cache = chameleon.Cache(2, small.LENGTH + 1, "cpu")
+            model(prompt, cache)
+            cache.lengths += (prompt.document > 0).sum(1)
+            expected += [model.extend(prompt, cache, last, zero, zero)]
+            if prompt is batch:
+                cache.double()
+                found = model.extend(prompt, cache, last, zero, zero)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 # --- generation ----------------------------------------------------------------------------------

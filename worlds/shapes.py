@@ -223,38 +223,38 @@ MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it 
 def _templates(size):
     """Every thing that can stand at each place, with jitter on a 5 x 5 grid, and its coverage.
 
-    Returns kinds, a list of (size name, shape); masks (9 places, kinds x 25, size * size); near
-    (9, size * size), the pixels that some thing there can cover; the least squared coverage of any.
+    Returns kinds, a list of (size name, shape); masks (9 places, kinds x 25, size * size) and their
+    squares; near (9, size * size), the pixels that some thing there can cover; the least squared
+    coverage of any.
     """
     kinds = [(name, shape) for name in SIZES for shape in SHAPES]
     grid = np.linspace(-JITTER, JITTER, 5)
     masks = [[_mask(Thing(name, "red", shape, place), dx, dy, size).ravel()
               for name, shape in kinds for dx in grid for dy in grid] for place in PLACES]
     masks = np.float32(masks)
-    return kinds, masks, masks.max(1) > 0, float((masks ** 2).sum(-1).min())
+    squares = masks ** 2
+    return kinds, masks, squares, masks.max(1) > 0, float(squares.sum(-1).min())
 
 
 def _best_thing(picture, below, above, place, size):
     """The thing at `place` that best explains the picture (3, P), given what is below and above it.
 
     With mask a, colour c and visibility w of a pixel, the model is below + w a (c - below) + above
-    parts; its squared error is a quadratic in a, so two matrix products try every mask at once.
-    Returns (thing, its mask, how much it lowers the squared error, its energy).
+    parts; its squared error is a quadratic in a, so two matrix products try every mask in every
+    colour at once. Returns (thing, its mask, how much it lowers the squared error, its energy).
     """
-    kinds, masks, _, _ = _templates(size)
-    a = masks[PLACES.index(place)]                                          # (masks, P)
+    kinds, masks, squares, _, _ = _templates(size)
+    a, a_squared = masks[PLACES.index(place)], squares[PLACES.index(place)]         # (masks, P)
     hidden, painted = above
-    error = picture - (below * (1 - hidden) + painted)                      # (3, P)
-    best = None
-    for colour in COLOURS:
-        v = (_rgb(COLOURS, colour).reshape(3, 1) - below) * (1 - hidden)    # (3, P)
-        energy = (a * a) @ (v * v).sum(0)                                   # (masks,)
-        gain = 2 * (a @ (error * v).sum(0)) - energy
-        i = int(gain.argmax())
-        if best is None or gain[i] > best[2]:
-            name, shape = kinds[i // 25]
-            best = Thing(name, colour, shape, place), a[i], float(gain[i]), float(energy[i])
-    return best
+    error = picture - (below * (1 - hidden) + painted)                              # (3, P)
+    paints = np.stack([_rgb(COLOURS, colour) for colour in COLOURS])[..., 0]        # (6, 3, 1)
+    v = (paints - below) * (1 - hidden)                                             # (6, 3, P)
+    energy = (v * v).sum(1) @ a_squared.T                                           # (6, masks)
+    gain = 2 * (error * v).sum(1) @ a.T - energy
+    colour, i = divmod(int(gain.argmax()), len(a))
+    name, shape = kinds[i // 25]
+    return (Thing(name, list(COLOURS)[colour], shape, place), a[i], float(gain[colour, i]),
+            float(energy[colour, i]))
 
 
 def _explain(picture, background, size):
@@ -297,7 +297,7 @@ def read(picture):
     name, (fits, error) = min(explained.items(), key=lambda item: item[1][1].sum())
     if not fits:
         return None, False
-    clean, (_, _, near, least_area) = True, _templates(size)
+    clean, (_, _, _, near, least_area) = True, _templates(size)
     elsewhere = np.ones(size * size, bool)
     for thing, _, _, energy in fits:
         place = near[PLACES.index(thing.place)]
