@@ -45,7 +45,8 @@ class Trainer:
         self.model, self.batches, self.config, self.sharded = model, batches, config, sharded
         self.device, self.out, self.log_every, self.compiled = device, out, log_every, compiled
         self.step, self.seconds, self.loss = 0, 0.0, model.loss
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        # its weights want gradients, as of others autocast does not keep the bf16 copies
+        self.averaged = copy.deepcopy(model).eval()
         called = Called(model, lambda *arguments: self.loss(*arguments))
         self.sampler = self.averaged            # what to sample from: in one piece
         if sharded:
@@ -344,7 +345,7 @@ def facts(trainer):
     """What report.json says of any run, beside its scores."""
     tokens = flops = 0
     parts = trainer.config.accumulate * world()
-    model = trainer.sampler.requires_grad_()            # in one piece, whoever holds the shares
+    model = trainer.sampler             # in one piece, whoever holds the shares
     for stream, share in getattr(trainer.batches, "kinds", [(trainer.batches, 1.0)]):
         batch, share = next(stream), share * parts
         tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * share
@@ -352,7 +353,6 @@ def facts(trainer):
             model.loss(batch.to(trainer.device))[0].backward()
         flops += counter.get_total_flops() * share
     model.zero_grad()
-    model.requires_grad_(False)
     return {"seed": trainer.config.seed, "torch": torch.__version__,
             "python": platform.python_version(), "device": str(trainer.device),
             "bf16": fast_bf16(trainer.device),
