@@ -173,28 +173,39 @@ def whole(batch):
     return batch._replace(modality=modality.view(batch.tokens.shape), **fields)
 
 
-def measure_sampling(systems, size, device, rounds=3):
-    """{name: System} -> pictures a second of each, and of the first of them without caches."""
-    _, captions, _ = fresh_cases("image", 1, np.random.default_rng(0), size)
-    prompts = captions * PICTURES
+def measure_sampling(systems, size, length, device, rounds=3):
+    """{name: System} -> {what is made: {name: seconds}}, the first of them also without caches.
+
+    Made are PICTURES pictures of one caption, and as many rows of words, `length` positions each.
+    """
+    _, (caption,), _ = fresh_cases("image", 1, np.random.default_rng(0), size)
+    prompts = [("text", caption)] * PICTURES
 
     def draw(system):
-        return lambda: system.draw(prompts, "image")
-    seconds = in_turns(device, {name: draw(system) for name, system in systems.items()}, rounds)
-    name, first = next(iter(systems.items()))
-    first.model.forward = Uncached(first.model)
-    seconds["without caches"] = timed(device, draw(first))
-    del first.model.forward
-    return {name: {"pictures_per_second": PICTURES / taken, "seconds": taken}
-            for name, taken in seconds.items()}
+        return lambda: system.follow(prompts, "image")
+
+    def write(system):      # a row has room for a span at its end, which these weights never open
+        room = length - len(system.tokenizer.encode(caption)) - 3 - max(system.positions)
+        room = max(room, 1)
+        return lambda: system.complete([[prompt] for prompt in prompts], spans=0, new_text=room)
+    name, found = next(iter(systems)), {}
+    for what, make in (("pictures", draw), ("words", write)):
+        runs = {name: make(system) for name, system in systems.items()}
+        found[what] = in_turns(device, runs, rounds)
+        systems[name].model.forward = Uncached(systems[name].model)
+        found[what]["without caches"] = timed(device, runs[name])
+        del systems[name].model.forward
+    return found
 
 
 # --- the report ----------------------------------------------------------------------------------
 
 def report(trainers, batches, systems, device, size):
     """Measure and print it all -> the contents of benchmark.json."""
+    length, found = next(batches).tokens.shape[1], {}
+    sampled = measure_sampling(systems, size, length, device)       # while nothing is trained
     steps = measure_steps(trainers, batches, device)
-    peak, found = steps.pop("matmul_peak"), {}
+    peak = steps.pop("matmul_peak")
     say("matrix products of a step's shapes, alone: "
         + ", ".join(f"{value / 1e9:.0f} GFLOP/s in {dtype}" for dtype, value in peak.items()))
     for name, row in steps.items():
@@ -205,14 +216,14 @@ def report(trainers, batches, systems, device, size):
     dense, mot = (row["ms_per_step"] for row in steps.values())
     found["mot_over_dense"] = mot / dense
     say(f"a step of MoT takes {found['mot_over_dense']:.2f} times that of the dense model")
-    sampled = measure_sampling(systems, size, device)
-    for name, row in sampled.items():
-        say(f"{name:<16}{row['pictures_per_second']:8.1f} pictures a second: {PICTURES} in "
-            f"{row['seconds']:.2f} s")
-    cached, uncached = (sampled[name]["seconds"] for name in (next(iter(sampled)),
-                                                              "without caches"))
-    found["cached_speedup"] = uncached / cached
-    say(f"caches make sampling {found['cached_speedup']:.1f} times as fast")
+    found["cached_speedup"] = {}
+    for what, seconds in sampled.items():
+        called = what if what == "pictures" else f"rows of {length} positions, words alone"
+        cached, _, uncached = seconds.values()
+        found["cached_speedup"][what] = uncached / cached
+        say(f"{PICTURES} {called}: "
+            + ", ".join(f"{name} {taken:.2f} s" for name, taken in seconds.items())
+            + f"; caches make it {uncached / cached:.1f} times as fast")
     return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "bf16": fast_bf16(device), "matmul_peak": peak, "steps": steps, "sampling": sampled,
             **found, "peak_memory_mib": peak_memory(device)}

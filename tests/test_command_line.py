@@ -67,6 +67,13 @@ def folder(tmp_path, monkeypatch):
     return write_folder(tmp_path / "pictures")
 
 
+def draw_little(patch):
+    """Drawing takes long: of its sheets a run draws the last alone."""
+    sheet = show.sheet
+    patch.setattr(show, "sheet", lambda system, path, *rest, **options: sheet(
+        system, path, *rest, **options) if path.name == "samples.png" else None)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A directory in which every system was trained for three steps on six pictures."""
@@ -74,6 +81,7 @@ def runs(tmp_path_factory):
     write_folder(place / "pictures")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        draw_little(patch)
         for name, argv in SYSTEMS.items():
             call(train.main, *argv, "--data", "pictures", "--out", name, "--steps", 3, *BRIEF)
         call(train.main, "vqvae", "--data", "pictures", "--out", "vqvae", "--steps", 3,
@@ -99,9 +107,7 @@ def mixed(tmp_path_factory):
         (place / f"broken{file[1:]}").write_bytes(whole[:len(whole) // 2])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        sheet = show.sheet          # drawing takes long: the last sheet and the curves are enough
-        patch.setattr(show, "sheet", lambda system, path, *rest, **options: sheet(
-            system, path, *rest, **options) if path.name == "samples.png" else None)
+        draw_little(patch)
         patch.setattr(show, "reconstructions", lambda *_: None)
         for name in ("mot", "chameleon"):
             call(train.main, name, "--out", name, *MIXED)
@@ -702,6 +708,7 @@ def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
         assert 0 <= report[name] <= 1 and report[f"{name}_n"] >= 4
     assert (report["setting"], report["data"], report["seed"]) == ("transfusion", "shapes", 0)
     assert FILES | {"transcript.md"} <= {path.name for path in (tmp_path / "runs/mot").iterdir()}
+    assert (tmp_path / "runs/mot/progress/step-000001.png").is_file()
 
 
 def test_curves_are_drawn_although_a_noise_level_was_never_met(tmp_path):

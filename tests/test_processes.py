@@ -14,10 +14,10 @@ import torch
 
 import small
 from adapter import ROOT, load
-from test_command_line import write_folder
+from test_command_line import call, plain, write_folder  # noqa: F401 (a fixture)
 from test_trainer import small_trainer
 
-trainer, vqvae = load("trainer"), load("vqvae")
+train, trainer, vqvae = load("train"), load("trainer"), load("vqvae")
 
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TRAIN = [ROOT / "train.py", "mot", "--data", "pictures", "--out", "run", "--width", "32", "--depth",
@@ -140,14 +140,14 @@ def test_two_processes_have_one_codebook_of_all_their_pictures(two):
 
 
 @pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_a_run_of_two_processes_is_written_once_and_goes_on_in_one(tmp_path, options):
+def test_a_run_of_two_processes_is_written_once_and_goes_on_in_one(
+        tmp_path, options, monkeypatch, plain):                             # noqa: F811
     write_folder(tmp_path / "pictures", 12)
     done = start([*TOGETHER, *TRAIN, *options, "--steps", 2, "--batch-size", 8], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("see run/") == 1
-    done = start([sys.executable, *TRAIN, "--steps", 3, "--batch-size", 8, "--accumulate", 2,
-                  "--resume"], tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    call(train.main, *TRAIN[1:], "--steps", 3, "--batch-size", 8, "--accumulate", 2, "--resume")
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [2, 3]
 
