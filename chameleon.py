@@ -37,7 +37,6 @@ class ChameleonConfig:
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
     text_weight: float = 3.0        # of a word in the loss; a code has 1, and a picture many codes
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
-    codebook_init: float = 0.7      # how much a code's embedding begins as its codebook vector
 
 
 # --- the idea ------------------------------------------------------------------------------------
@@ -245,18 +244,6 @@ class Chameleon(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.normal_(self.place_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-
-    @torch.no_grad()
-    def know_codes(self, codebooks):
-        """Codes that stand for alike things begin alike: {modality: codebook (K, C)}, projected at
-        random, is mixed into the embeddings of its codes, whose variance stays."""
-        share, random = self.config.codebook_init, torch.Generator().manual_seed(0)
-        for kind, codebook in codebooks.items():
-            own, C = self.token_embedding.weight[slice(*self.layout.codes[kind])], codebook.shape[1]
-            z = codebook.to(own) - codebook.to(own).mean(0)                             # (K, C)
-            z = z / z.std(0).clamp(min=1e-6)
-            projection = torch.randn(C, self.config.width, generator=random) * (0.5 * C ** -0.5)
-            own.mul_((1 - share ** 2) ** 0.5).add_(share * z @ projection.to(own))      # (K, D)
 
     def backbone(self, x, batch, rope, mask, cache=None):
         """x (B, S, D) through all blocks; batch: what mot.py routes by."""

@@ -81,7 +81,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
            "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
            "vqvae-kl video": {"steps": 2400},
-           "transfusion": {"steps": 4800, "batch_size": 20, "lr": 4e-3},
+           "transfusion": {"steps": 4500, "batch_size": 20, "lr": 4e-3},
            "chameleon": {"steps": 3600, "batch_size": 16, "lr": 4e-3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
@@ -90,7 +90,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon tones": {"steps": 3000, "batch_size": 24},
            "chameleon motion": {"steps": 3000, "batch_size": 8},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
-           "chameleon all": {"steps": 7500, "batch_size": 10},
+           "chameleon all": {"steps": 8500, "batch_size": 10},
            "small": {"lr": 2e-3}, "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
@@ -280,9 +280,6 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     else:
         autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     codecs = codecs_by(autoencoders)
-    if bottleneck == "vq":
-        model.know_codes({MODALITIES.index(kind): autoencoder.bottleneck.codebook
-                          for kind, autoencoder in autoencoders.items()})
     for modality in codecs:
         encoded[modality] = Codecs(codecs, device).encode(modality, corpus.signals[modality])
     about = {**made_with(device), "arch": arch, "setting": setting, "data": name, "mot": mot,

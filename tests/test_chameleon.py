@@ -288,38 +288,6 @@ def test_a_doubled_cache_has_each_row_once_more_and_keeps_its_first_position(mod
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_codes_begin_as_what_they_stand_for_and_words_do_not_change():
-    torch.manual_seed(0)
-    model, (first, last) = small.untrained("chameleon"), LAYOUT.codes[AUDIO]
-    before = model.token_embedding.weight.detach().clone()
-    codebook = torch.randn(5, 3)
-    codebook[1] = codebook[0]
-    model.know_codes({AUDIO: codebook})
-    after = model.token_embedding.weight.detach()
-    same = torch.ones(len(after), dtype=torch.bool)
-    same[first:last] = False
-    assert torch.equal(after[same], before[same])
-    share = model.config.codebook_init
-    told = after[first:last] - (1 - share ** 2) ** 0.5 * before[first:last]
-    torch.testing.assert_close(told[0], told[1])     # the same vector
-    z = (codebook - codebook.mean(0)) / codebook.std(0)
-    torch.testing.assert_close(z @ torch.linalg.lstsq(z, told).solution, told)      # linear in it
-    model = small.untrained("chameleon", codebook_init=0.0)
-    model.know_codes({AUDIO: codebook})
-    assert torch.equal(model.token_embedding.weight, before)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
-def test_the_variance_of_embeddings_stays_whatever_their_share_of_the_codebook(share):
-    codes = {"image": 2000, "audio": 2000, "video": 2000}
-    layout = small.TOKENIZER.layout(small.SHAPES["chameleon"], codes)
-    model = small.untrained("chameleon", layout=layout, codebook_init=share)
-    model.know_codes({1: torch.randn(2000, 8), 2: torch.zeros(2000, 8)})    # and one of no variance
-    image, audio = (model.token_embedding.weight[slice(*layout.codes[kind])] for kind in (1, 2))
-    assert image.std().item() == pytest.approx(0.5, rel=0.2)
-    assert audio.std().item() == pytest.approx(0.5 * (1 - share ** 2) ** 0.5, rel=0.1, abs=1e-6)
-
-
 # --- generation ----------------------------------------------------------------------------------
 
 PROMPTS = [[("text", "ab"), ("image", None)], [("audio", None)], [],
