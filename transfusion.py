@@ -40,7 +40,7 @@ class TransfusionConfig:
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
-    shown_limit: float = 0.5        # most noise on an image that precedes its words (Table 8)
+    shown_limit: float = 0.2        # most noise on an image that precedes its words; Table 8: 0.5
 
 
 # --- the idea ------------------------------------------------------------------------------------
