@@ -526,7 +526,7 @@ def pack(rows, length, layout, positions, encoded, spans=None, finished=True):
     arrays = [torch.from_numpy(x) for x in (tokens, targets, modality, laid.span, laid.place, owner,
                                             order, np.argsort(order))]
     return Batch(*arrays, tuple(sizes), tuple(values), tuple(flags.float() for flags in real),
-                 tuple(torch.tensor(flags) for flags in shown))
+                 tuple(torch.tensor(flags, dtype=torch.bool) for flags in shown))
 
 
 def pack_prompts(documents, tokenizer, layout, positions, encoded):

@@ -77,12 +77,12 @@ class TrainConfig:
 
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq": {"steps": 2400, "batch_size": 32, "lr": 3e-3},
+           "vqvae-vq": {"steps": 2200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
            "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
            "vqvae-kl video": {"steps": 2400},
-           "transfusion": {"steps": 4500, "batch_size": 20, "lr": 4e-3},
-           "chameleon": {"steps": 4800, "batch_size": 16, "lr": 4e-3},
+           "transfusion": {"steps": 4350, "batch_size": 20, "lr": 4e-3},
+           "chameleon": {"steps": 3600, "batch_size": 16, "lr": 4e-3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
            "transfusion stories": {"steps": 3000, "batch_size": 30},

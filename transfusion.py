@@ -6,9 +6,10 @@ patches all see each other.
 
 Paper: Zhou et al. 2024, "Transfusion" (arXiv 2408.11039).
 As in the paper: one stream, Llama blocks, the mask (Sec. 3), linear patches of 2 x 2 latents, a
-timestep embedding for each patch, loss = LM + 5 x diffusion, guidance, and a limit on the noise of
-an image that stands before its caption (Table 8).
+timestep embedding for each patch, loss = LM + 5 x diffusion, and guidance.
 Instead of DDPM: rectified flow (arXiv 2209.03003), logit-normal times (SD3, arXiv 2403.03206).
+Instead of noise of at most t = 0.5 on an image that stands before its caption (Table 8): none, and
+so nothing to denoise; --shown-limit 0.5 is the paper's way.
 Added: a learned place for each patch; sounds (as spectra) and clips (frame by frame).
 Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
@@ -40,7 +41,7 @@ class TransfusionConfig:
     diffusion_weight: float = 5.0   # lambda of Eq. 4
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
-    shown_limit: float = 0.2        # most noise on an image that precedes its words; Table 8: 0.5
+    shown_limit: float = 0.0        # most noise on an image that precedes its words; Table 8: 0.5
 
 
 # --- the idea ------------------------------------------------------------------------------------
@@ -285,12 +286,21 @@ class Transfusion(nn.Module):
         rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
         return self.backbone(x, batch, rope, mask, cache)
 
+    @property
+    def limit(self):
+        """Of the noise on spans that are to be read; in evaluation they are seen as they are."""
+        return self.config.shown_limit if self.training else 0.0
+
+    def noised(self, batch, kind):
+        """1 for spans (N,) that the diffusion loss counts, 0 for padding and for what is clean."""
+        return batch.real[kind] if self.limit else batch.real[kind] * ~batch.shown[kind]
+
     def totals(self, batch):
-        """What the loss divides by: targets of text, and patches of all other modalities -> (2,).
-        """
+        """What the loss divides by: targets of text, and noised patches of all other modalities ->
+        (2,)."""
         text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
-        patches = sum(real.sum() * self.span_lengths[kind] for kind, real in enumerate(batch.real)
-                      if self.layout.shapes[kind])
+        patches = sum(self.noised(batch, kind).sum() * self.span_lengths[kind]
+                      for kind, shape in enumerate(self.layout.shapes) if shape)
         return torch.stack([text, text * 0 + patches]).float()      # a tensor without spans, too
 
     def loss(self, batch, totals=None):
@@ -303,9 +313,7 @@ class Transfusion(nn.Module):
         for kind, x_0 in enumerate(batch.signals):
             if x_0 is not None:
                 t = sample_times(len(x_0), self.config.time_mean, self.config.time_std, x_0.device)
-                # a picture that is to be read is seen less noised; in evaluation, as it is
-                limit = self.config.shown_limit if self.training else 0.0
-                t = torch.where(batch.shown[kind], t * limit, t)
+                t = torch.where(batch.shown[kind], t * self.limit, t)
                 times[kind], noise = t, torch.randn_like(x_0)
                 noisy[kind], velocities[kind] = add_noise(x_0, noise, t[:, None, None, None])
         hidden = self(batch._replace(signals=tuple(noisy)), times)
@@ -322,17 +330,18 @@ class Transfusion(nn.Module):
                 predicted = self.patch_out[str(kind)](by_modality[kind]).float()
                 target = patchify(velocity, self.config.patch).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                share = (error * batch.real[kind]).sum() * self.span_lengths[kind] / totals[1]
+                counted = self.noised(batch, kind)
+                share = (error * counted).sum() * self.span_lengths[kind] / totals[1]
                 loss = loss + self.config.diffusion_weight * share      # each patch counts alike
-                parts |= self.by_noise(kind, error.detach(), times[kind], batch.real[kind])
+                parts |= self.by_noise(kind, error.detach(), times[kind], counted)
         return loss, parts
 
-    def by_noise(self, kind, error, t, real):
+    def by_noise(self, kind, error, t, counted):
         """The diffusion loss of a modality, whole and by quarter of t (nan where one is empty)."""
         name = ("text", "image", "audio", "video")[kind]
-        parts = {name: average(error, real)}
+        parts = {name: average(error, counted)}
         for quarter in range(4):
-            inside = real * (t * 4).long().eq(quarter)
+            inside = counted * (t * 4).long().eq(quarter)
             parts[f"{name}_noise_{quarter}"] = average(error, inside)
         return parts
 

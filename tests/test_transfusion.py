@@ -165,7 +165,7 @@ def by_hand(monkeypatch):
 def test_the_loss_is_next_token_plus_five_times_diffusion(model):
     for weight, same in ((5.0, model), (2.0, small.model("transfusion", diffusion_weight=2.0))):
         loss, parts = same.loss(batch := pack(spans=small.PADDED))
-        patches = {name: int(batch.real[kind].sum()) * small.POSITIONS[kind]
+        patches = {name: int((batch.real[kind] * ~batch.shown[kind]).sum()) * small.POSITIONS[kind]
                    for kind, name in enumerate(data.MODALITIES) if kind}
         diffusion = sum(parts[name] * count for name, count in patches.items())
         torch.testing.assert_close(loss, parts["text"] + weight * diffusion / sum(patches.values()))
@@ -243,16 +243,27 @@ def test_the_loss_by_noise_level_is_that_of_its_spans_alone(model, by_hand, monk
     torch.testing.assert_close(mean, parts["image"])
 
 
-def test_a_picture_that_precedes_its_words_is_little_noised_in_training_and_clean_in_eval(
-        model, by_hand):
-    batch = pack()
-    for training, limit in ((True, 0.2), (False, 0.0)):
-        by_hand.clear()
-        model.train(training).loss(batch)
-        for (_, t, *_), kind in zip(by_hand, KINDS):
-            shown = batch.shown[kind]
-            assert shown.any() and not shown.all()
-            torch.testing.assert_close(t.flatten(), torch.where(shown, limit * 0.8, 0.8))
+@pytest.mark.parametrize("limit, training", [(0.0, True), (0.5, True), (0.5, False)])
+def test_what_precedes_its_words_is_noised_up_to_a_limit_and_has_no_loss_where_it_is_clean(
+        by_hand, limit, training):
+    model, batch = small.model("transfusion", shown_limit=limit).train(training), pack()
+    _, parts = model.loss(batch)
+    limit = limit if training else 0.0
+    times = [None, *(torch.where(batch.shown[kind], limit * 0.8, 0.8) for kind in KINDS)]
+    for (_, t, *_), kind in zip(by_hand, KINDS):
+        assert batch.shown[kind].any() and not batch.shown[kind].all()
+        torch.testing.assert_close(t.flatten(), times[kind])
+    with torch.no_grad():
+        hidden = model(batch._replace(signals=(None, *(seen[2] for seen in by_hand))), times)
+    hidden, patches = hidden.flatten(0, 1)[batch.order].split(batch.sizes), 0
+    for seen, kind in zip(by_hand, KINDS):
+        target = transfusion.patchify(seen[3], 2)
+        predicted = model.patch_out[str(kind)](hidden[kind]).view_as(target)
+        counted = torch.ones_like(batch.shown[kind]) if limit else ~batch.shown[kind]
+        expected = (predicted - target)[counted].square().mean()
+        torch.testing.assert_close(parts[data.MODALITIES[kind]], expected.detach())
+        patches += int(counted.sum()) * small.POSITIONS[kind]
+    assert model.totals(batch)[1] == patches
 
 
 # --- the cache -----------------------------------------------------------------------------------
