@@ -22,7 +22,7 @@ train, trainer, vqvae = load("train"), load("trainer"), load("vqvae")
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TRAIN = [ROOT / "train.py", "mot", "--data", "pictures", "--out", "run", "--width", "32", "--depth",
          "1", "--heads", "2", "--hidden", "64", "--autoencoder-steps", "2", "--cases", "2"]
-STEPS = 50
+STEPS = 20
 PICTURES = {"size": (16, 16), "widths": (8, 16), "codes": 16, "dead_below": 1e-9}
 
 
@@ -51,11 +51,11 @@ def layouts_of(setting):
     kept = {layout: losses_of(begin(setting, Path("."), sharded=layout == "fsdp"))
             for layout in ("ddp", "fsdp")}
     shares = begin(setting, Path("."), sharded=True)
-    found, state = losses_of(shares, 20)
+    found, state = losses_of(shares, STEPS // 2)
     for sharded in (False, True):
         run = begin(setting, Path("."), sharded=sharded)
         run.resume(copy.deepcopy(state))
-        more, state = losses_of(run, (STEPS - 20) // 2)
+        more, state = losses_of(run, STEPS // 4)
         found += more
     share = sum(own.numel() for own in map(trainer.own, shares.parameters))
     shares.gather()
