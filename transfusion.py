@@ -330,18 +330,18 @@ class Transfusion(nn.Module):
                 predicted = self.patch_out[str(kind)](by_modality[kind]).float()
                 target = patchify(velocity, self.config.patch).flatten(0, 1)
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
-                counted = self.noised(batch, kind)
-                share = (error * counted).sum() * self.span_lengths[kind] / totals[1]
+                noised = self.noised(batch, kind)
+                share = (error * noised).sum() * self.span_lengths[kind] / totals[1]
                 loss = loss + self.config.diffusion_weight * share      # each patch counts alike
-                parts |= self.by_noise(kind, error.detach(), times[kind], counted)
+                parts |= self.by_noise(kind, error.detach(), times[kind], noised)
         return loss, parts
 
-    def by_noise(self, kind, error, t, counted):
+    def by_noise(self, kind, error, t, noised):
         """The diffusion loss of a modality, whole and by quarter of t (nan where one is empty)."""
         name = ("text", "image", "audio", "video")[kind]
-        parts = {name: average(error, counted)}
+        parts = {name: average(error, noised)}
         for quarter in range(4):
-            inside = counted * (t * 4).long().eq(quarter)
+            inside = noised * (t * 4).long().eq(quarter)
             parts[f"{name}_noise_{quarter}"] = average(error, inside)
         return parts
 
