@@ -296,10 +296,9 @@ class Transfusion(nn.Module):
         return batch.real[kind] if self.limit else batch.real[kind] * ~batch.shown[kind]
 
     def totals(self, batch):
-        """What the loss divides by: targets of text, and noised patches of all other modalities ->
-        (2,)."""
+        """What the loss divides by: targets of text, and patches of the rest -> (2,)."""
         text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
-        patches = sum(self.noised(batch, kind).sum() * self.span_lengths[kind]
+        patches = sum(batch.real[kind].sum() * self.span_lengths[kind]
                       for kind, shape in enumerate(self.layout.shapes) if shape)
         return torch.stack([text, text * 0 + patches]).float()      # a tensor without spans, too
 
@@ -332,7 +331,7 @@ class Transfusion(nn.Module):
                 error = (predicted - target).square().view(len(velocity), -1).mean(1)    # (spans,)
                 noised = self.noised(batch, kind)
                 share = (error * noised).sum() * self.span_lengths[kind] / totals[1]
-                loss = loss + self.config.diffusion_weight * share      # each patch counts alike
+                loss = loss + self.config.diffusion_weight * share      # a clean patch adds 0
                 parts |= self.by_noise(kind, error.detach(), times[kind], noised)
         return loss, parts
 

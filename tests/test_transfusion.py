@@ -162,13 +162,17 @@ def by_hand(monkeypatch):
     return seen
 
 
-def test_the_loss_is_next_token_plus_five_times_diffusion(model):
+def noised_patches(batch, kind):
+    return int((batch.real[kind] * ~batch.shown[kind]).sum()) * small.POSITIONS[kind]
+
+
+def test_the_loss_is_next_token_plus_five_times_diffusion_where_a_clean_patch_adds_nothing(model):
     for weight, same in ((5.0, model), (2.0, small.model("transfusion", diffusion_weight=2.0))):
         loss, parts = same.loss(batch := pack(spans=small.PADDED))
-        patches = {name: int((batch.real[kind] * ~batch.shown[kind]).sum()) * small.POSITIONS[kind]
-                   for kind, name in enumerate(data.MODALITIES) if kind}
-        diffusion = sum(parts[name] * count for name, count in patches.items())
-        torch.testing.assert_close(loss, parts["text"] + weight * diffusion / sum(patches.values()))
+        diffusion = sum(noised_patches(batch, kind) * parts[data.MODALITIES[kind]]
+                        for kind in KINDS)
+        patches = sum(int(batch.real[kind].sum()) * small.POSITIONS[kind] for kind in KINDS)
+        torch.testing.assert_close(loss, parts["text"] + weight * diffusion / patches)
 
 
 def test_the_text_loss_against_a_loop_over_positions(model, by_hand):
@@ -204,9 +208,10 @@ def test_a_velocity_that_is_off_by_c_costs_c_squared(model, by_hand, off, expect
 
     for kind in KINDS:
         model.patch_out[str(kind)] = Exact(kind)
-    loss, parts = model.loss(pack(spans=small.PADDED))
+    loss, parts = model.loss(batch := pack(spans=small.PADDED))
     assert [parts[data.MODALITIES[kind]].item() for kind in KINDS] == [expected] * 3
-    assert loss.item() == pytest.approx(parts["text"].item() + 5 * expected, rel=1e-6)
+    noised = sum(noised_patches(batch, kind) for kind in KINDS) / model.totals(batch)[1].item()
+    assert loss.item() == pytest.approx(parts["text"].item() + 5 * expected * noised, rel=1e-6)
     for t in (parts[name] for name in parts if "noise_" in name):
         assert t.isnan() or t == expected
 
@@ -262,7 +267,7 @@ def test_what_precedes_its_words_is_noised_up_to_a_limit_and_has_no_loss_where_i
         counted = torch.ones_like(batch.shown[kind]) if limit else ~batch.shown[kind]
         expected = (predicted - target)[counted].square().mean()
         torch.testing.assert_close(parts[data.MODALITIES[kind]], expected.detach())
-        patches += int(counted.sum()) * small.POSITIONS[kind]
+        patches += int(batch.real[kind].sum()) * small.POSITIONS[kind]
     assert model.totals(batch)[1] == patches
 
 
