@@ -36,6 +36,7 @@ class ChameleonConfig:
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
     text_weight: float = 3.0        # of a word in the loss; a code has 1, and a picture many codes
+    shown_weight: float = 1.0       # of a code that opens its document: a picture to be read
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
 
@@ -262,14 +263,19 @@ class Chameleon(nn.Module):
         rope = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
         return self.backbone(x, batch, rope, mask, cache)
 
-    def weights(self, targets):
-        """What each target counts in the loss: 0 where there is none."""
-        weights = torch.where(targets < self.layout.first_code, self.config.text_weight, 1.0)
-        return weights * (targets >= 0)
+    def weights(self, batch):
+        """What each target counts in the loss: 0 where there is none; (B, T)."""
+        shown = [torch.zeros_like(batch.order[:batch.sizes[0]], dtype=torch.bool)]
+        for flags, n in zip(batch.shown, self.span_lengths):
+            shown.append(flags.repeat_interleave(n))
+        shown = torch.cat(shown)[batch.inverse].view(batch.tokens.shape)            # (B, T)
+        codes = torch.where(F.pad(shown[:, 1:], (0, 1)), self.config.shown_weight, 1.0)
+        is_text = batch.targets < self.layout.first_code
+        return torch.where(is_text, self.config.text_weight, codes) * (batch.targets >= 0)
 
     def totals(self, batch):
         """What the loss divides by: the weight of all targets -> (1,)."""
-        return self.weights(batch.targets).sum()[None]
+        return self.weights(batch).sum()[None]
 
     def loss(self, batch, totals=None):
         """Next-token cross-entropy over the whole stream, z-loss -> (scalar, {name: scalar}).
@@ -283,7 +289,7 @@ class Chameleon(nn.Module):
         counted = (targets >= 0).float()
         error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
         drift, totals = z_loss(logits), self.totals(batch) if totals is None else totals
-        weighted = (error + self.config.z_loss * drift) * self.weights(targets)
+        weighted = (error + self.config.z_loss * drift) * self.weights(batch).flatten()
         loss = weighted.sum() / totals[0].clamp(min=1)
         said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         right = (said == logits.amax(-1)).float()       # an argmax is slower

@@ -205,11 +205,14 @@ def test_each_modality_has_places_of_its_own_and_text_has_none(model, monkeypatc
 
 # --- the loss ------------------------------------------------------------------------------------
 
-def test_the_loss_against_a_loop_over_positions(model):
-    batch = pack(spans=small.PADDED)
+@pytest.mark.parametrize("shown_weight", [1.0, 0.3])
+def test_the_loss_against_a_loop_over_positions(shown_weight):
+    model, batch = small.model("chameleon", shown_weight=shown_weight), pack(spans=small.PADDED)
+    opening = {(0, 2), (0, 4), (1, 1)}          # of small.ROWS: row and number of such a span
     loss, parts = model.loss(batch)
     logits = model.head(model(batch)).double()
-    errors, z, right, weights = {name: [] for name in data.MODALITIES}, [], [], []
+    errors, losses = {name: [] for name in data.MODALITIES}, []
+    z, right, weights = [], [], []
     for b in range(2):
         for i in range(small.LENGTH - 1):
             if batch.document[b, i] == batch.document[b, i + 1] > 0:
@@ -217,7 +220,9 @@ def test_the_loss_against_a_loop_over_positions(model):
                 name = data.MODALITIES[batch.modality[b, i + 1]]
                 errors[name].append(-logits[b, i].log_softmax(-1)[following].item())
                 z.append(logits[b, i].logsumexp(-1).item() ** 2)
-                weights.append(3 if name == "text" else 1)
+                weights.append(3 if name == "text" else
+                               shown_weight if (b, batch.span[b, i + 1].item()) in opening else 1)
+                losses.append(errors[name][-1])
                 if name == "text":
                     right.append(logits[b, i].argmax().item() == following)
     for name in errors:
@@ -225,8 +230,8 @@ def test_the_loss_against_a_loop_over_positions(model):
         assert parts[name].item() == pytest.approx(mean, rel=1e-5)
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
     assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
-    codes = sum((errors[data.MODALITIES[kind]] for kind in KINDS), [])
-    expected = 3 * sum(errors["text"]) + sum(codes) + 1e-5 * sum(map(math.prod, zip(weights, z)))
+    assert set(weights) == {3, 1, shown_weight}
+    expected = sum(w * (loss_i + 1e-5 * z_i) for w, loss_i, z_i in zip(weights, losses, z))
     assert loss.item() == pytest.approx(expected / sum(weights), rel=1e-5)
 
 
