@@ -25,7 +25,8 @@ mot, tones = load("mot"), load("worlds.tones")
 
 SYSTEMS = {"chameleon": ["chameleon"], "transfusion": ["transfusion"], "mot": ["mot"],
            "mot-chameleon": ["mot", "--setting", "chameleon"]}
-BRIEF = ["--autoencoder-steps", "5", "--cases", "4", "--batch-size", "8"]
+FEW = ["--autoencoder-steps", "5", "--cases", "4", "--batch-size", "8"]
+BRIEF = [*FEW, "--picture-size", "16"]
 FILES = {"checkpoint.pt", "metrics.jsonl", "report.json", "curves.png", "samples.png"}
 KEYS = {"arch", "setting", "data", "seed", "torch", "device", "parameters", "active_parameters",
         "steps", "tokens", "flops", "wall_seconds", "tokens_per_second"}
@@ -173,7 +174,7 @@ def refused(capsys, main, *argv, place="."):
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
     # a folder and few steps matter only where a bad option is let through
-    brief = ["--data", folder, "--steps", 1] + (BRIEF if argv[:1] != ["vqvae"] else [])
+    brief = ["--data", folder, "--steps", 1] + (FEW if argv[:1] != ["vqvae"] else [])
     assert named in refused(capsys, train.main, *argv[:1], *(brief if argv else []), *argv[1:])
 
 
@@ -217,7 +218,7 @@ def test_a_caption_longer_than_the_sequence_is_named(runs, capsys, monkeypatch):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         call(train.main, "mot", "--data", "pictures", "--out", "short", "--steps", 1,
-             "--context", 20, *BRIEF)
+             "--context", 10, *BRIEF)
     sentence = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence.count("\n") == 1
     assert "number" in sentence and "--context" in sentence
@@ -703,7 +704,7 @@ def test_vqvae_does_not_overwrite_another_run_in_a_folder_of_a_kind(mixed, runs,
 def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2",
-                           "--examples", "400", *BRIEF],
+                           "--examples", "400", *FEW],
                           cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "mot" / "report.json").read_text())
