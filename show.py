@@ -302,9 +302,12 @@ def trace(model, batch):
             hooks.append(module.register_forward_hook(report(name)))
     with torch.no_grad():
         loss, parts = model.loss(batch)
-    print(f"  {'loss (untrained)':<34}{loss.item():.3f}, before weighting: "
-          + ", ".join(f"{name} {value.item():.3f}" for name, value in parts.items()
-                      if "noise" not in name and "accuracy" not in name))
+    words = ", ".join(f"{name} {value.item():.3f}" for name, value in parts.items()
+                      if "noise" not in name and "accuracy" not in name)
+    if hasattr(model, "noised"):
+        share = (model.noised(batch, 1).sum() / batch.real[1].sum()).item()
+        words += f" (of the {share:.0%} that are noised; clean ones add nothing)"
+    print(f"  {'loss (untrained)':<34}{loss.item():.3f}, before weighting: {words}")
     for hook in hooks:
         hook.remove()
 

@@ -19,17 +19,16 @@ from test_trainer import small_trainer
 
 train, trainer, vqvae = load("train"), load("trainer"), load("vqvae")
 
-TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-TRAIN = [ROOT / "train.py", "mot", "--data", "pictures", "--out", "run", "--width", "32", "--depth",
-         "1", "--heads", "2", "--hidden", "64", "--autoencoder-steps", "2", "--cases", "2"]
+TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TRAIN = [str(ROOT / "train.py"), "mot", "--data", "pictures", "--out", "run", "--width", "32",
+         "--depth", "1", "--heads", "2", "--hidden", "64", "--autoencoder-steps", "2",
+         "--cases", "2", "--picture-size", "16"]
 STEPS = 20
 PICTURES = {"size": (16, 16), "widths": (8, 16), "codes": 16, "dead_below": 1e-9}
-
-
-def start(arguments, place):
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, arguments)], cwd=place, env=environment, text=True,
-                          capture_output=True)
+COMMANDS = {"two": [__file__],
+            "ddp": [*TRAIN, "--steps", "2", "--batch-size", "8"],
+            "fsdp": [*TRAIN, "--steps", "2", "--batch-size", "8", "--fsdp"],
+            "does not split": [*TRAIN, "--steps", "2", "--batch-size", "7"]}
 
 
 def begin(setting, folder, accumulate=1, sharded=False):
@@ -86,14 +85,32 @@ def main():
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes found, and what they found it in."""
-    place = tmp_path_factory.mktemp("two")
-    pictures = torch.rand(4, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.save(pictures, place / "pictures.pt")
-    done = start([*TOGETHER, __file__], place)
-    assert done.returncode == 0, done.stderr
-    return pictures, [torch.load(place / f"kept-{rank}.pt") for rank in range(2)]
+def ended(tmp_path_factory):
+    """By name, where a command of two processes ran, its exit code, and what it wrote; all run at
+    once, for most of their time is spent on starting."""
+    environment, begun = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}, {}
+    for name, command in COMMANDS.items():
+        place = tmp_path_factory.mktemp(name)
+        torch.save(pictures(), place / "pictures.pt")
+        write_folder(place / "pictures", 12)
+        begun[name] = place, subprocess.Popen([*TOGETHER, *command], cwd=place, env=environment,
+                                              text=True, stdout=subprocess.PIPE,
+                                              stderr=subprocess.PIPE)
+    said = {name: process.communicate() for name, (_, process) in begun.items()}
+    return {name: (place, process.returncode, *said[name])
+            for name, (place, process) in begun.items()}
+
+
+def pictures():
+    return torch.rand(4, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def two(ended):
+    """What two processes found."""
+    place, code, _, errors = ended["two"]
+    assert code == 0, errors
+    return [torch.load(place / f"kept-{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "in turns"])
@@ -103,7 +120,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(two, setting, layout, 
     monkeypatch.setattr(trainer, "precision", trainer.precision)        # put back afterwards
     expected, state = losses_of(begin(setting, tmp_path, accumulate=2))
     assert len(set(expected)) == STEPS and expected[-1] < expected[0]
-    for losses, found in (kept[setting][layout] for kept in two[1]):
+    for losses, found in (kept[setting][layout] for kept in two):
         assert losses == pytest.approx(expected, abs=1e-4)
         for part in ("model", "ema"):
             for name, weight in state[part].items():
@@ -112,7 +129,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(two, setting, layout, 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)
 def test_with_fsdp_each_process_holds_a_share_and_samples_from_the_whole(two, setting):
-    kept = [part[setting] for part in two[1]]
+    kept = [part[setting] for part in two]
     assert sum(part["share"] for part in kept) == pytest.approx(1)
     assert max(part["share"] for part in kept) < 0.6
     for part in kept:
@@ -121,15 +138,14 @@ def test_with_fsdp_each_process_holds_a_share_and_samples_from_the_whole(two, se
 
 
 def test_two_processes_have_one_codebook_of_all_their_pictures(two):
-    pictures, kept = two
-    one, other = (part["codebook"] for part in kept)
+    one, other = (part["codebook"] for part in two)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert len(one["codebook"].unique(dim=0)) > 8
     # the first process's half places the codes; from then on every sum is over all pictures
     torch.manual_seed(0)
     model = vqvae.VQVAE(vqvae.VQVAEConfig(**PICTURES))
     with torch.no_grad():
-        z_e = [model.encoder(batch).permute(0, 2, 3, 1).flatten(0, 2) for batch in pictures]
+        z_e = [model.encoder(batch).permute(0, 2, 3, 1).flatten(0, 2) for batch in pictures()]
     torch.manual_seed(0)
     state = model.bottleneck
     state.revive(z_e[0][:len(z_e[0]) // 2])
@@ -139,24 +155,22 @@ def test_two_processes_have_one_codebook_of_all_their_pictures(two):
         torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_run_of_two_processes_is_written_once_and_goes_on_in_one(
-        tmp_path, options, monkeypatch, plain):                             # noqa: F811
-    write_folder(tmp_path / "pictures", 12)
-    done = start([*TOGETHER, *TRAIN, *options, "--steps", 2, "--batch-size", 8], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("see run/") == 1
-    monkeypatch.chdir(tmp_path)
+        ended, name, monkeypatch, plain):                                   # noqa: F811
+    place, code, said, errors = ended[name]
+    assert code == 0, errors
+    assert said.count("see run/") == 1
+    monkeypatch.chdir(place)
     call(train.main, *TRAIN[1:], "--steps", 3, "--batch-size", 8, "--accumulate", 2, "--resume")
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = (place / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [2, 3]
 
 
-def test_a_batch_that_does_not_split_is_named(tmp_path):
-    write_folder(tmp_path / "pictures", 12)
-    done = start([*TOGETHER, *TRAIN, "--steps", 2, "--batch-size", 7], tmp_path)
-    assert done.returncode != 0 and "error: --batch-size 7 does not split" in done.stderr
-    assert "train.py\", line" not in done.stderr
+def test_a_batch_that_does_not_split_is_named(ended):
+    _, code, _, errors = ended["does not split"]
+    assert code != 0 and "error: --batch-size 7 does not split" in errors
+    assert "train.py\", line" not in errors
 
 
 if __name__ == "__main__":

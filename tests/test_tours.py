@@ -145,14 +145,16 @@ def test_the_printed_loss_is_the_sum_of_its_parts_and_of_a_model_that_knows_noth
     tour = toured(name)
     said = tour.table("shapes, stage by stage")["loss (untrained)"]
     loss, parts = said.split(", before weighting: ")
-    parts = {part: float(value) for part, value in (pair.split() for pair in parts.split(", "))}
+    parts = {part: float(value) for part, value in re.findall(r"(\w+) (\d+\.\d+)", parts)}
     log_v = torch.tensor(tour.model.layout.size).log().item()
     assert parts["text"] == pytest.approx(log_v, abs=6e-4)
     if name == "chameleon":
         assert parts["image"] == pytest.approx(log_v, abs=6e-4)
         expected = log_v + tour.model.config.z_loss * log_v ** 2
     else:
-        expected = parts["text"] + tour.model.config.diffusion_weight * parts["image"]
+        noised = (~tour.batch.shown[1])[tour.batch.real[1] > 0].float().mean().item()
+        assert f"the {noised:.0%} that are noised" in said and 0 < noised < 1
+        expected = parts["text"] + tour.model.config.diffusion_weight * parts["image"] * noised
     assert float(loss) == pytest.approx(expected, abs=5e-3)
 
 
