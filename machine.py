@@ -90,13 +90,14 @@ FAST_BF16 = {}      # by kind of device; a run that goes on does so as it began
 
 
 def fast_bf16(device):
-    """Whether bf16 matrix products are worth it; on a CPU measured, once, in a few milliseconds."""
+    """Whether bf16 matrix products are worth it; on a CPU measured, once: the best of ten in turns,
+    for another program may take the processor at any moment."""
     if device.type not in FAST_BF16:
         if device.type == "cpu":
             seconds = {}
-            for dtype in (torch.float32, torch.bfloat16):
-                a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-                for _ in range(3):
+            for _ in range(10):
+                for dtype in (torch.float32, torch.bfloat16):
+                    a, b = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
                     start = time.perf_counter()
                     a @ b
                     taken = time.perf_counter() - start
