@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TRAIN = [str(ROOT / "train.py"), "mot", "--data", "pictures", "--out", "run", "--width", "32",
          "--depth", "1", "--heads", "2", "--hidden", "64", "--autoencoder-steps", "2",
          "--cases", "2", "--picture-size", "16"]
-STEPS = 20
+STEPS = 52
 PICTURES = {"size": (16, 16), "widths": (8, 16), "codes": 16, "dead_below": 1e-9}
 COMMANDS = {"two": [__file__],
             "ddp": [*TRAIN, "--steps", "2", "--batch-size", "8"],
@@ -34,7 +35,8 @@ COMMANDS = {"two": [__file__],
 def begin(setting, folder, accumulate=1, sharded=False):
     """A small model's trainer, in fp32."""
     trainer.precision = lambda device: contextlib.nullcontext()
-    run = small_trainer(setting, folder, seed=0, sharded=sharded)
+    with mock.patch.dict(small.SIZE, depth=1):
+        run = small_trainer(setting, folder, seed=0, sharded=sharded)
     run.config = dataclasses.replace(run.config, steps=STEPS, accumulate=accumulate)
     run.model.train()
     return run
