@@ -71,7 +71,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth(tmp_path):
 def test_compiled_training_is_that_of_the_plain_code_and_compiling_leaves_no_trace(
         tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "precision", lambda device: contextlib.nullcontext())     # fp32
-    monkeypatch.setitem(small.SIZE, "depth", 1)         # each block takes as long
+    monkeypatch.setitem(small.SIZE, "depth", 1)         # each more takes as long to compile
     plain, compiled = (small_trainer("chameleon", tmp_path, 0, (0, 1, 1, 1)) for _ in range(2))
     compiled.compiled = True            # in evaluation, as here, Chameleon's loss has no chance
     compiled.config = plain.config = dataclasses.replace(plain.config, steps=trainer.PAYS)
