@@ -34,7 +34,7 @@ import torch.nn.functional as F
 class TransfusionConfig:
     width: int = 128                # D; the paper's smallest is 768
     depth: int = 4                  # blocks; the paper's smallest has 16
-    heads: int = 4                  # H; with fewer, words bind to places more slowly
+    heads: int = 8                  # H; with fewer, words bind to places more slowly
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2

@@ -86,20 +86,24 @@ def main():
     torch.save(kept, f"kept-{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """By name, where a command of two processes ran, its exit code, and what it wrote; all run at
-    once, for most of their time is spent on starting."""
+def begin_commands(tmp_path_factory):
+    """Start each command of two processes -> by name, where it runs, and its process."""
     environment, begun = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}, {}
     for name, command in COMMANDS.items():
         place = tmp_path_factory.mktemp(name)
         torch.save(pictures(), place / "pictures.pt")
         write_folder(place / "pictures", 12)
         begun[name] = place, subprocess.Popen([*TOGETHER, *command], cwd=place, env=environment,
-                                              text=True, stdout=subprocess.PIPE,
-                                              stderr=subprocess.PIPE)
-    said = {name: process.communicate() for name, (_, process) in begun.items()}
-    return {name: (place, process.returncode, *said[name])
+                                              text=True, stdout=open(place / "said", "w"),
+                                              stderr=open(place / "errors", "w"))
+    return begun
+
+
+@pytest.fixture(scope="module")
+def ended(begun):
+    """By name, where a command of two processes ran, its exit code, and what it wrote."""
+    return {name: (place, process.wait(), *((place / file).read_text()
+                                            for file in ("said", "errors")))
             for name, (place, process) in begun.items()}
 
 
