@@ -223,17 +223,17 @@ MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it 
 def _templates(size):
     """Every thing that can stand at each place, with jitter on a 5 x 5 grid, and its coverage.
 
-    Returns kinds, a list of (size name, shape); masks (9 places, kinds x 25, size * size) and their
-    squares; near (9, size * size), the pixels that some thing there can cover; the least squared
-    coverage of any.
+    Returns kinds, a list of (size name, shape); by place, the pixels that some thing there can
+    cover, masks (kinds x 25, those pixels), and their squares; the least squared coverage of any.
     """
     kinds = [(name, shape) for name in SIZES for shape in SHAPES]
     grid = np.linspace(-JITTER, JITTER, 5)
     masks = [[_mask(Thing(name, "red", shape, place), dx, dy, size).ravel()
               for name, shape in kinds for dx in grid for dy in grid] for place in PLACES]
-    masks = np.float32(masks)
-    squares = masks ** 2
-    return kinds, masks, squares, masks.max(1) > 0, float(squares.sum(-1).min())
+    near = [np.flatnonzero(np.max(each, 0)) for each in masks]
+    masks = [np.float32(each)[:, pixels] for each, pixels in zip(masks, near)]
+    squares = [each ** 2 for each in masks]
+    return kinds, near, masks, squares, min(float(each.sum(1).min()) for each in squares)
 
 
 def _best_thing(picture, below, above, place, size):
@@ -243,17 +243,18 @@ def _best_thing(picture, below, above, place, size):
     parts; its squared error is a quadratic in a, so two matrix products try every mask in every
     colour at once. Returns (thing, its mask, how much it lowers the squared error, its energy).
     """
-    kinds, masks, squares, _, _ = _templates(size)
-    a, a_squared = masks[PLACES.index(place)], squares[PLACES.index(place)]         # (masks, P)
-    hidden, painted = above
-    error = picture - (below * (1 - hidden) + painted)                              # (3, P)
+    kinds, *by_place, _ = _templates(size)
+    near, a, a_squared = (each[PLACES.index(place)] for each in by_place)           # (masks, n)
+    mask = np.zeros(size * size, np.float32)
+    picture, below, hidden, painted = (x[:, near] for x in (picture, below, *above))
+    error = picture - (below * (1 - hidden) + painted)                              # (3, n)
     paints = np.stack([_rgb(COLOURS, colour) for colour in COLOURS])[..., 0]        # (6, 3, 1)
-    v = (paints - below) * (1 - hidden)                                             # (6, 3, P)
+    v = (paints - below) * (1 - hidden)                                             # (6, 3, n)
     energy = (v * v).sum(1) @ a_squared.T                                           # (6, masks)
     gain = 2 * (error * v).sum(1) @ a.T - energy
     colour, i = divmod(int(gain.argmax()), len(a))
-    name, shape = kinds[i // 25]
-    return (Thing(name, list(COLOURS)[colour], shape, place), a[i], float(gain[colour, i]),
+    mask[near], (name, shape) = a[i], kinds[i // 25]
+    return (Thing(name, list(COLOURS)[colour], shape, place), mask, float(gain[colour, i]),
             float(energy[colour, i]))
 
 
@@ -297,16 +298,16 @@ def read(picture):
     name, (fits, error) = min(explained.items(), key=lambda item: item[1][1].sum())
     if not fits:
         return None, False
-    clean, (_, _, _, near, least_area) = True, _templates(size)
-    elsewhere = np.ones(size * size, bool)
+    clean, (_, near, _, _, least_area) = True, _templates(size)
+    stray = error.copy()
     for thing, _, _, energy in fits:
         place = near[PLACES.index(thing.place)]
-        elsewhere &= ~place
+        stray[place] = 0
         clean &= bool(error[place].sum() <= MAX_RESIDUAL * energy)
     contrast = min(((_rgb(COLOURS, colour) - _rgb(BACKGROUNDS, name)) ** 2).sum()
                    for colour in COLOURS)
     for place in near:                      # a third thing, or half of one, must not go unnoticed
-        clean &= bool(error[place & elsewhere].sum() <= MAX_STRAY * contrast * least_area)
+        clean &= bool(stray[place].sum() <= MAX_STRAY * contrast * least_area)
     return make_scene(name, [fit[0] for fit in fits]), clean
 
 
