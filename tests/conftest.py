@@ -1,7 +1,12 @@
 """Commands of two processes take long to start: they begin before the first test, and run beside
-the others until test_processes.py asks for them."""
+the others until test_processes.py asks for them. All have one thread each: with more, they would
+wait for one another."""
+
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -93,9 +93,9 @@ def begin_commands(tmp_path_factory):
         place = tmp_path_factory.mktemp(name)
         torch.save(pictures(), place / "pictures.pt")
         write_folder(place / "pictures", 12)
-        begun[name] = place, subprocess.Popen([*TOGETHER, *command], cwd=place, env=environment,
-                                              text=True, stdout=open(place / "said", "w"),
-                                              stderr=open(place / "errors", "w"))
+        with open(place / "said", "w") as said, open(place / "errors", "w") as errors:
+            begun[name] = place, subprocess.Popen([*TOGETHER, *command], cwd=place, stdout=said,
+                                                  env=environment, stderr=errors)
     return begun
 
 
