@@ -17,4 +17,4 @@ def begun(request, tmp_path_factory):
     commands = module.begin_commands(tmp_path_factory) if module else {}
     yield commands
     for _, process in commands.values():
-        process.kill()
+        process.terminate()         # torchrun then stops its own

@@ -88,7 +88,7 @@ def main():
 
 def begin_commands(tmp_path_factory):
     """Start each command of two processes -> by name, where it runs, and its process."""
-    environment, begun = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}, {}
+    environment, begun = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}, {}
     for name, command in COMMANDS.items():
         place = tmp_path_factory.mktemp(name)
         torch.save(pictures(), place / "pictures.pt")

@@ -228,10 +228,11 @@ def _templates(size):
     """
     kinds = [(name, shape) for name in SIZES for shape in SHAPES]
     grid = np.linspace(-JITTER, JITTER, 5)
-    masks = [[_mask(Thing(name, "red", shape, place), dx, dy, size).ravel()
-              for name, shape in kinds for dx in grid for dy in grid] for place in PLACES]
-    near = [np.flatnonzero(np.max(each, 0)) for each in masks]
-    masks = [np.float32(each)[:, pixels] for each, pixels in zip(masks, near)]
+    masks = np.float32([[_mask(Thing(name, "red", shape, place), dx, dy, size).ravel()
+                         for name, shape in kinds for dx in grid for dy in grid]
+                        for place in PLACES])
+    near = [np.flatnonzero(each.max(0)) for each in masks]
+    masks = [each[:, pixels] for each, pixels in zip(masks, near)]
     squares = [each ** 2 for each in masks]
     return kinds, near, masks, squares, min(float(each.sum(1).min()) for each in squares)
 
@@ -245,7 +246,6 @@ def _best_thing(picture, below, above, place, size):
     """
     kinds, *by_place, _ = _templates(size)
     near, a, a_squared = (each[PLACES.index(place)] for each in by_place)           # (masks, n)
-    mask = np.zeros(size * size, np.float32)
     picture, below, hidden, painted = (x[:, near] for x in (picture, below, *above))
     error = picture - (below * (1 - hidden) + painted)                              # (3, n)
     paints = np.stack([_rgb(COLOURS, colour) for colour in COLOURS])[..., 0]        # (6, 3, 1)
@@ -253,7 +253,9 @@ def _best_thing(picture, below, above, place, size):
     energy = (v * v).sum(1) @ a_squared.T                                           # (6, masks)
     gain = 2 * (error * v).sum(1) @ a.T - energy
     colour, i = divmod(int(gain.argmax()), len(a))
-    mask[near], (name, shape) = a[i], kinds[i // 25]
+    name, shape = kinds[i // 25]
+    mask = np.zeros(size * size, np.float32)
+    mask[near] = a[i]
     return (Thing(name, list(COLOURS)[colour], shape, place), mask, float(gain[colour, i]),
             float(energy[colour, i]))
 
