@@ -9,7 +9,7 @@ As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) w
 As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
 Added: a learned place for each code of a picture, beside the rotary positions; noise on the codes
 of a picture that is being learned, without which words bind to places very late; and a larger
-weight for words, of which reading a picture needs every one.
+weight for words about a picture before them, of which reading needs every one.
 Left out: norm re-ordering and dropout (needed from 7B parameters up), grouped queries (34B).
 
     python chameleon.py           one real batch, taken apart: seconds, no training
@@ -31,11 +31,11 @@ import torch.nn.functional as F
 class ChameleonConfig:
     width: int = 128                # D; the paper's 7B model has 4096
     depth: int = 4                  # blocks; the 7B model has 32
-    heads: int = 4                  # H; the 7B model has 32
+    heads: int = 8                  # H; the 7B model has 32
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
-    text_weight: float = 3.0        # of a word in the loss; a code has 1, and a picture many codes
+    reading_weight: float = 5.0     # of a word about a picture before it; any other word has 1
     shown_weight: float = 1.0       # of a code that opens its document: a picture to be read
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
@@ -269,9 +269,11 @@ class Chameleon(nn.Module):
         for flags, n in zip(batch.shown, self.span_lengths):
             shown.append(flags.repeat_interleave(n))
         shown = torch.cat(shown)[batch.inverse].view(batch.tokens.shape)            # (B, T)
+        reading = (attention_mask(batch.document)[:, 0] & shown[:, None]).any(-1)   # may look at it
+        words = torch.where(reading, self.config.reading_weight, 1.0)
         codes = torch.where(F.pad(shown[:, 1:], (0, 1)), self.config.shown_weight, 1.0)
         is_text = batch.targets < self.layout.first_code
-        return torch.where(is_text, self.config.text_weight, codes) * (batch.targets >= 0)
+        return torch.where(is_text, words, codes) * (batch.targets >= 0)
 
     def totals(self, batch):
         """What the loss divides by: the weight of all targets -> (1,)."""

@@ -67,7 +67,7 @@ class TrainConfig:
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
-    weight_decay: float = 0.01      # of AdamW
+    weight_decay: float = None      # of AdamW: lr times this comes off each weight a step
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
     save_every: int = 1000          # steps from save to save, or a minute if that is less
@@ -81,8 +81,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
            "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
            "vqvae-kl video": {"steps": 2400},
-           "transfusion": {"steps": 4000, "batch_size": 20, "lr": 3e-3},
-           "chameleon": {"steps": 3600, "batch_size": 16, "lr": 4e-3},
+           "transfusion": {"steps": 4000, "batch_size": 20, "lr": 3e-3, "weight_decay": 0.01},
+           "chameleon": {"steps": 3600, "batch_size": 16, "lr": 4e-3, "weight_decay": 0.3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
@@ -91,7 +91,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon motion": {"steps": 3000, "batch_size": 8},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
            "chameleon all": {"steps": 8500, "batch_size": 10},
-           "small": {"lr": 2e-3}, "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000}}
+           "small": {"lr": 2e-3},
+           "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
 
@@ -157,8 +158,9 @@ def with_presets(config, *names):
     presets = {}
     for name in names:
         presets |= PRESETS.get(name, {})
-    return dataclasses.replace(config, **{option: value for option, value in presets.items()
-                                          if not getattr(config, option)})
+    return dataclasses.replace(config, **{
+        option: value for option, value in presets.items()
+        if getattr(config, option) == getattr(TrainConfig, option)})
 
 
 def as_before(saved, config, options, given, folder):

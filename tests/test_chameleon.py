@@ -220,7 +220,9 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
                 name = data.MODALITIES[batch.modality[b, i + 1]]
                 errors[name].append(-logits[b, i].log_softmax(-1)[following].item())
                 z.append(logits[b, i].logsumexp(-1).item() ** 2)
-                weights.append(3 if name == "text" else
+                reading = any((b, batch.span[b, j].item()) in opening for j in range(i + 1)
+                              if batch.document[b, j] == batch.document[b, i])
+                weights.append(5 if name == "text" and reading else 1 if name == "text" else
                                shown_weight if (b, batch.span[b, i + 1].item()) in opening else 1)
                 losses.append(errors[name][-1])
                 if name == "text":
@@ -230,14 +232,14 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
         assert parts[name].item() == pytest.approx(mean, rel=1e-5)
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
     assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
-    assert set(weights) == {3, 1, shown_weight}
+    assert set(weights) == {5, 1, shown_weight}
     expected = sum(w * (loss_i + 1e-5 * z_i) for w, loss_i, z_i in zip(weights, losses, z))
     assert loss.item() == pytest.approx(expected / sum(weights), rel=1e-5)
 
 
 def test_the_z_loss_is_weighed_by_the_config():
     batch = pack()
-    light, heavy = (small.model("chameleon", z_loss=weight, text_weight=1.0)
+    light, heavy = (small.model("chameleon", z_loss=weight, reading_weight=1.0)
                     for weight in (1e-5, 0.5))
     (light_loss, parts), (heavy_loss, _) = light.loss(batch), heavy.loss(batch)
     torch.testing.assert_close(heavy_loss - light_loss, (0.5 - 1e-5) * parts["log_z_squared"])

@@ -446,6 +446,16 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
     assert "--towers" in sentence and "0,1,2,1" in sentence and "0,1,2,3" in sentence
 
 
+def test_presets_fill_in_what_was_not_given_and_nothing_else():
+    presets = "chameleon", "chameleon all", "base"
+    for given, expected in (([], (8500, 4e-3, 0.3)), (["--weight-decay", "0"], (8500, 4e-3, 0.0)),
+                            (["--steps", "7", "--lr", "0.1"], (7, 0.1, 0.3))):
+        config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
+        assert (config.steps, config.lr, config.weight_decay) == expected
+    config = train.with_presets(train.TrainConfig(), *presets)      # that of the size goes first
+    assert (config.steps, config.lr, config.weight_decay) == (20_000, 4e-4, 0.1)
+
+
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
     done = subprocess.run([sys.executable, ROOT / "train.py", "mott"], capture_output=True,
                           text=True)

@@ -30,7 +30,7 @@ def small_trainer(setting, tmp_path, seed, towers=(0, 1, 2, 3), **options):
                  for n, word in enumerate(("red", "or", "green", "or", "blue", "x"))]
     batches = data.Batches(data.Corpus(documents, {}), small.TOKENIZER, small.LAYOUT[setting],
                            small.signals(setting), small.POSITIONS, rows=4, length=32)
-    config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, ema=0.9)
+    config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, weight_decay=0.01, ema=0.9)
     torch.manual_seed(seed)
     return trainer.Trainer(small.randomise(small.untrained(setting, towers), seed), batches, config,
                            torch.device("cpu"), tmp_path, compiled=False, **options)
