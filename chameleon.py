@@ -35,7 +35,7 @@ class ChameleonConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
-    reading_weight: float = 5.0     # of a word about a picture before it; any other word has 1
+    reading_weight: float = 5.0     # in the loss, of a word behind a picture to be read; others: 1
     shown_weight: float = 1.0       # of a code that opens its document: a picture to be read
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
@@ -264,7 +264,10 @@ class Chameleon(nn.Module):
         return self.backbone(x, batch, rope, mask, cache)
 
     def weights(self, batch):
-        """What each target counts in the loss: 0 where there is none; (B, T)."""
+        """What each target counts in the loss: 0 where there is none; (B, T).
+
+        It depends on what stands before a target alone, so that the best prediction stays the same.
+        """
         shown = [torch.zeros_like(batch.order[:batch.sizes[0]], dtype=torch.bool)]
         for flags, n in zip(batch.shown, self.span_lengths):
             shown.append(flags.repeat_interleave(n))
