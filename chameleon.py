@@ -323,7 +323,7 @@ class Chameleon(nn.Module):
     # --- generate --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompt, size, spans=1, guidance=1.25, temperature=0.0, code_temperature=0.4):
+    def generate(self, prompt, size, spans=1, guidance=1.25, temperature=0.0, code_temperature=0.1):
         """Go on with each row, one id at a time, text and codes from the same softmax.
 
         prompt: a batch with one open document a row. size: most positions of a row in all.

@@ -35,7 +35,7 @@ class Codecs:
         self.codecs, self.device = codecs, torch.device(device)
 
     @torch.no_grad()
-    def encode(self, name, signals, batch=512):
+    def encode(self, name, signals, batch=32):
         """Signals of a modality, stored or as its codec takes them -> codes or latents, on the CPU.
         """
         with precision(self.device):
@@ -43,7 +43,7 @@ class Codecs:
                               for part in torch.as_tensor(signals).split(batch)])
 
     @torch.no_grad()
-    def decode(self, name, encoded, batch=512):
+    def decode(self, name, encoded, batch=32):
         with precision(self.device):
             return torch.cat([self.codecs[name].decode(part.to(self.device)).cpu()
                               for part in encoded.split(batch)])

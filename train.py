@@ -90,7 +90,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon tones": {"steps": 3000, "batch_size": 24},
            "chameleon motion": {"steps": 3000, "batch_size": 8},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
-           "chameleon all": {"steps": 11_000, "batch_size": 10, "weight_decay": 0.1},
+           "chameleon all": {"steps": 12_000, "batch_size": 10, "weight_decay": 0.1},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},

@@ -448,7 +448,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 
 def test_presets_fill_in_what_was_not_given_and_nothing_else():
     presets = "chameleon", "chameleon all", "base"
-    for given, expected in (([], (11_000, 4e-3, 0.1)), (["--weight-decay", "0"], (11_000, 4e-3, 0)),
+    for given, expected in (([], (12_000, 4e-3, 0.1)), (["--weight-decay", "0"], (12_000, 4e-3, 0)),
                             (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1))):
         config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
         assert (config.steps, config.lr, config.weight_decay) == expected
