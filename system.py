@@ -37,6 +37,8 @@ class Codecs:
     @torch.no_grad()
     def encode(self, name, signals, batch=32):
         """Signals of a modality, stored or as its codec takes them -> codes or latents, on the CPU.
+
+        batch: how many at a time; what many need at once does not fit a processor's cache.
         """
         with precision(self.device):
             return torch.cat([self.codecs[name].encode(to_signal(part).to(self.device)).cpu()

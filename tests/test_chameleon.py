@@ -222,8 +222,9 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
                 z.append(logits[b, i].logsumexp(-1).item() ** 2)
                 reading = any((b, batch.span[b, j].item()) in opening for j in range(i + 1)
                               if batch.document[b, j] == batch.document[b, i])
-                weights.append(5 if name == "text" and reading else 1 if name == "text" else
-                               shown_weight if (b, batch.span[b, i + 1].item()) in opening else 1)
+                shown = (b, batch.span[b, i + 1].item()) in opening
+                weights.append((5 if reading else 1) if name == "text" else
+                               shown_weight if shown else 1)
                 losses.append(errors[name][-1])
                 if name == "text":
                     right.append(logits[b, i].argmax().item() == following)
