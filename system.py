@@ -34,21 +34,29 @@ class Codecs:
         """codecs: {modality name: vqvae.Codec}, each on the device."""
         self.codecs, self.device = codecs, torch.device(device)
 
-    @torch.no_grad()
-    def encode(self, name, signals, batch=32):
+    def encode(self, name, signals):
         """Signals of a modality, stored or as its codec takes them -> codes or latents, on the CPU.
-
-        batch: how many at a time; what many need at once does not fit a processor's cache.
         """
-        with precision(self.device):
-            return torch.cat([self.codecs[name].encode(to_signal(part).to(self.device)).cpu()
-                              for part in torch.as_tensor(signals).split(batch)])
+        return self.in_parts(self.codecs[name].encode, torch.as_tensor(signals), to_signal)
+
+    def decode(self, name, encoded):
+        return self.in_parts(self.codecs[name].decode, encoded)
 
     @torch.no_grad()
-    def decode(self, name, encoded, batch=32):
+    def in_parts(self, function, rows, before=lambda part: part, batch=64):
+        """function(before(rows)), a batch at a time, written into one tensor on the CPU.
+
+        What a few need fits a processor's cache. Were their results kept in a list, they would lie
+        between what each batch needs for a moment, and memory would grow by gigabytes.
+        """
+        whole = None
         with precision(self.device):
-            return torch.cat([self.codecs[name].decode(part.to(self.device)).cpu()
-                              for part in encoded.split(batch)])
+            for start in range(0, max(1, len(rows)), batch):
+                part = function(before(rows[start:start + batch]).to(self.device))
+                if whole is None:
+                    whole = torch.empty(len(rows), *part.shape[1:], dtype=part.dtype)
+                whole[start:start + batch] = part
+        return whole
 
     @property
     def picture_size(self):
