@@ -245,14 +245,13 @@ def good_length(lengths, fill=0.9, step=32):
 
 
 LONG = 256          # positions; the cost of attention grows with the square of a row's length, so
-EVERY = 3           # longer documents have rows of their own, in one batch of three at the most
+                    # longer documents have rows of their own
 
 
 class Rows(NamedTuple):
     corpus: Corpus              # what is packed
     count: int                  # rows of a batch
     length: int                 # positions of a row
-    every: int = 1              # one batch of so many is of these rows
 
 
 def plan_rows(corpus, tokenizer, positions, count, length=0):
@@ -274,8 +273,7 @@ def plan_rows(corpus, tokenizer, positions, count, length=0):
             length = good_length(needed, 0.85 if is_long else 0.9)
             rows = max(1, plans[0].count * plans[0].length // length) if plans else count
             part = corpus._replace(documents=[corpus.documents[i] for i in chosen])
-            every = max(EVERY, round(sum(lengths) / sum(needed))) if plans else 1   # few are rare
-            plans.append(Rows(part, rows, length, every))
+            plans.append(Rows(part, rows, length))
     return plans
 
 
@@ -328,6 +326,8 @@ class Batches:
         if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
             raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
                              "a span of each modality; raise it, or --context")
+        drawn = sum(len(row) for _ in range(16) for row in self.fill()) / 16
+        self.epoch = len(corpus.documents) / drawn          # batches, about
         self.state = self.start()
 
     def start(self):
@@ -400,13 +400,14 @@ class Batches:
 
 
 class Alternate:
-    """Two streams of batches as one: of each `every` batches the last comes from the second.
+    """Two streams of batches as one, evenly mixed, so that their epochs take equally long.
 
     A batch may be drawn in parts; those of one batch come from the same stream.
     """
 
-    def __init__(self, streams, every, parts=1):
-        self.streams, self.every, self.parts, self.drawn = streams, every, parts, 0
+    def __init__(self, streams, parts=1):
+        self.streams, self.parts, self.drawn = streams, parts, 0
+        self.share = streams[1].epoch / sum(stream.epoch for stream in streams)  # of the second
 
     def __iter__(self):
         return self
@@ -415,7 +416,7 @@ class Alternate:
         """The stream that the next batch comes from."""
         batch = self.drawn // self.parts
         self.drawn += 1
-        return self.streams[batch % self.every == self.every - 1]
+        return self.streams[int((batch + 1) * self.share) - int(batch * self.share)]
 
     def __next__(self):
         return next(self.turn())
@@ -423,7 +424,7 @@ class Alternate:
     @property
     def kinds(self):
         """Each stream, and the share of all batches that come from it."""
-        return list(zip(self.streams, (1 - 1 / self.every, 1 / self.every)))
+        return list(zip(self.streams, (1 - self.share, self.share)))
 
     def fill(self):
         return self.turn().fill()

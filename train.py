@@ -273,7 +273,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
                        rows.length, config.seed) for rows in plans]
     parts = config.accumulate * world()
-    batches = Alternate(streams, plans[1].every, parts) if len(streams) > 1 else streams[0]
+    batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     if saved:
         autoencoders = {kind: load_autoencoder(kept).to(device)
                         for kind, kept in saved["autoencoders"].items()}

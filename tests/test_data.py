@@ -350,12 +350,12 @@ def test_a_document_that_leaves_less_room_than_others_need_is_drawn_too(rows):
 
 def test_streams_go_on_in_turn_when_a_batch_has_other_parts():
     def stream(name):
-        return types.SimpleNamespace(state={}, name=name)
+        return types.SimpleNamespace(state={}, name=name, epoch=2 - name)
     for before, after in ((1, 2), (2, 1), (4, 3)):
-        turns = data.Alternate([stream(0), stream(1)], 3, before)
+        turns = data.Alternate([stream(0), stream(1)], before)
         for _ in range(5 * before):
             turns.turn()
-        other = data.Alternate([stream(0), stream(1)], 3, after)
+        other = data.Alternate([stream(0), stream(1)], after)
         other.state = turns.state
         order = [other.turn().name for _ in range(4 * after)]
         assert order == [int(batch % 3 == 2) for batch in range(5, 9) for _ in range(after)]
@@ -408,7 +408,7 @@ def test_a_state_that_was_kept_is_not_changed_by_going_on(corpus, tokenizer):
     assert saved == kept
 
 
-def test_long_documents_are_packed_apart_in_one_batch_of_every_few():
+def test_long_documents_are_packed_apart():
     documents = ([[("text", f"{n}"), ("image", n)] for n in range(40)]
                  + [[("text", f"{n}"), ("video", n)] for n in range(12)])
     layout = Tokenizer().layout({"image": (1, 4, 4), "video": (1, 20, 16)}, {})
@@ -418,29 +418,41 @@ def test_long_documents_are_packed_apart_in_one_batch_of_every_few():
     short, long = plans
     assert len(short.corpus.documents) == 40 and len(long.corpus.documents) == 12
     assert short.length < data.LONG < long.length and short.count == 20
-    assert long.every == data.EVERY
     assert 0.4 <= long.count * long.length / (short.count * short.length) <= 1
 
     def stream():
         return data.Alternate([data.Batches(plan.corpus, Tokenizer(), layout, encoded, positions,
-                                            plan.count, plan.length) for plan in plans], long.every)
+                                            plan.count, plan.length) for plan in plans])
     batches, lengths = stream(), []
-    for _ in range(2 * data.EVERY):
+    for _ in range(20):
         batch = next(batches)
         lengths.append(batch.tokens.shape[1])
         assert (batch.real[3] is not None and len(batch.real[3]) > 0) == (lengths[-1] > data.LONG)
-    assert lengths == 2 * ([short.length] * (data.EVERY - 1) + [long.length])
+    assert lengths.count(long.length) == int(20 * batches.share)
+    assert {short.length, long.length} == set(lengths[:6])
     restored = stream()
     restored.state = copy.deepcopy(batches.state)
-    for _ in range(data.EVERY):
+    for _ in range(4):
         assert_same(next(batches), next(restored))
 
 
-def test_a_long_document_among_many_short_ones_is_not_drawn_more_often_than_they_are():
-    documents = [[("text", "a" * 60), ("image", 0)]] * 400 + [[("text", "b" * 400), ("image", 0)]]
-    short, long = data.plan_rows(data.Corpus(documents, {}), Tokenizer(), [0, 16, 0, 0], 8)
-    drawn = (long.every - 1) * short.count * (short.length // 80) / 400   # each of the short ones
-    assert long.every > 50 and 0.5 < long.count / drawn < 2                 # while the long one is
+@pytest.mark.parametrize(("short", "long"), [(400, 4), (60, 60), (5, 300), (16, 345)])
+def test_short_and_long_documents_are_drawn_equally_often(short, long):
+    """Also where most of them are long, as with the codes of large pictures."""
+    documents = ([[("text", f"{n:03}" + "a" * 57), ("image", 0)] for n in range(short)]
+                 + [[("text", f"{n:03}" + "b" * 397), ("image", 0)] for n in range(long)])
+    positions, layout = [0, 16, 0, 0], Tokenizer().layout({"image": (1, 4, 4)}, {})
+    plans = data.plan_rows(data.Corpus(documents, {}), Tokenizer(), positions, 8)
+    batches = data.Alternate([data.Batches(plan.corpus, Tokenizer(), layout,
+                                           {"image": torch.zeros(1, 1, 4, 4)}, positions,
+                                           plan.count, plan.length, read=0, drop=0)
+                              for plan in plans])
+    drawn = [0, 0]
+    while min(drawn[0] / short, drawn[1] / long) < 12:
+        for row in batches.fill():
+            for document in row:
+                drawn[len(document[0][1]) > 200] += 1
+    assert 0.87 < (drawn[0] / short) / (drawn[1] / long) < 1.15
 
 
 def test_rows_are_of_one_kind_where_all_documents_are_short_or_a_length_is_given():
