@@ -222,8 +222,11 @@ def report(trainers, batches, systems, device, size):
         cached, _, uncached = seconds.values()
         found["cached_speedup"][what] = uncached / cached
         say(f"{PICTURES} {called}: "
-            + ", ".join(f"{name} {taken:.2f} s" for name, taken in seconds.items())
+            + ", ".join(f"{name} {taken:.2f} s ({PICTURES / taken:.0f} a second)"
+                        for name, taken in seconds.items())
             + f"; caches make it {uncached / cached:.1f} times as fast")
     return {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "bf16": fast_bf16(device), "matmul_peak": peak, "steps": steps, "sampling": sampled,
+            "pictures_per_second": {name: PICTURES / taken
+                                    for name, taken in sampled["pictures"].items()},
             **found, "peak_memory_mib": peak_memory(device)}

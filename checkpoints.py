@@ -4,11 +4,13 @@ A checkpoint holds tensors and plain values alone, so it loads with `weights_onl
 a file that a stranger sent is ever run.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import platform
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -32,15 +34,19 @@ def make_folder(folder):
             os.replace(folder / "checkpoint.pt", folder / "previous.pt")
         (folder / "metrics.jsonl").write_text("", encoding="utf-8")
     except OSError as error:
-        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
+        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror}); '
+                         "give another --out") from None
 
 
 def check_folder(folder, arch, setting):
     """The checkpoint that a run's folder holds, or None. InputError where the folder could not be
     written, or holds a run of another kind: said before the work, not after."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f'--out: "{folder}" cannot be written')
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror}); '
+                         "give another --out") from None
     if not (folder / "checkpoint.pt").is_file():
         ours = ("metrics.jsonl", "benchmark.json", "previous.pt")
         if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists()
@@ -87,6 +93,9 @@ def made_with(device):
 
 # --- what is read back ---------------------------------------------------------------------------
 
+ANOTHER = "give another, or train one anew in a folder of its own"
+
+
 def load_checkpoint(path):
     """A run's folder or its checkpoint.pt -> its contents, checked; InputError where it is none."""
     path = Path(path)
@@ -94,7 +103,7 @@ def load_checkpoint(path):
     if not path.is_file():
         raise InputError(f'there is no checkpoint "{path}"; train one with: python train.py mot')
     if not zipfile.is_zipfile(path):        # as torch.save writes them
-        raise InputError(f'"{path}" is not a checkpoint, or cut short')
+        raise InputError(f'"{path}" is not a checkpoint, or cut short; {ANOTHER}')
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -102,9 +111,10 @@ def load_checkpoint(path):
                          "refused, and nothing in it was run") from None
     except Exception as error:      # whatever torch and zip make of a broken or foreign file
         raise InputError(f'"{path}" cannot be loaded as a checkpoint '
-                         f"({type(error).__name__}): it is broken, or of something else") from None
+                         f"({type(error).__name__}): it is broken, or of something else; "
+                         + ANOTHER) from None
     if not isinstance(saved, dict) or not isinstance(saved.get("format"), int):
-        raise InputError(f'"{path}" is not a checkpoint of this project')
+        raise InputError(f'"{path}" is not a checkpoint of this project; {ANOTHER}')
     if saved["format"] != FORMAT:
         newer = saved["format"] > FORMAT
         raise InputError(f'"{path}" has format {saved["format"]}, this code reads {FORMAT}: '
@@ -116,11 +126,23 @@ def load_checkpoint(path):
                   "longest_text"]
     missing = [name for name in wanted if name not in saved]
     if missing:
-        raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint')
-    if saved["arch"] != "vqvae" and (saved["arch"], saved["setting"]) not in MODELS:
+        raise InputError(f'"{path}" lacks {", ".join(missing)}: not a whole checkpoint; {ANOTHER}')
+    if saved["arch"] != "vqvae" and (str(saved["arch"]), str(saved["setting"])) not in MODELS:
         raise InputError(f'"{path}" is of an architecture that this code does not know: '
-                         f'{saved["arch"]} ({saved["setting"]})')
+                         f'{saved["arch"]} ({saved["setting"]}); {ANOTHER}')
     return saved
+
+
+@contextlib.contextmanager
+def trusted(path):
+    """Within it a checkpoint's contents are used; InputError where they are not what they were."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise InputError(f'"{path}" holds a model that this code cannot build: it was written by '
+                         f"another version, or changed since; {ANOTHER}") from None
 
 
 def load_autoencoder(saved):
@@ -141,7 +163,7 @@ def load_system(path, device="cpu"):
     if saved["arch"] == "vqvae":
         raise InputError(f'"{path}" is an autoencoder; '
                          "sample.py talks to chameleon, transfusion and mot")
-    try:
+    with trusted(path):
         tokenizer = Tokenizer(saved["merges"])
         autoencoders = {name: load_autoencoder(kept).to(device)
                         for name, kept in saved["autoencoders"].items()}
@@ -150,7 +172,4 @@ def load_system(path, device="cpu"):
         model = build(saved["arch"], saved["setting"], saved["config"],
                       layout_of(tokenizer, codecs), saved["mot"])
         model.load_state_dict(saved["ema"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise InputError(f'"{path}" holds a model that this code cannot build: it was written by '
-                         "another version, or changed since") from None
     return System(model.to(device), codecs, tokenizer, device, saved["longest_text"])

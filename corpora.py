@@ -152,7 +152,8 @@ def folder_corpus(folder, size=32, held_out=0.1):
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise InputError(f'--data: there is no folder "{folder}" (and no toy world of that name)')
+        raise InputError(f'--data: there is no folder "{folder}"; give one, or a toy world: '
+                         + ", ".join(EXAMPLES))
     metadata = folder / "metadata.jsonl"
     if not os.path.isfile(metadata):
         raise InputError(f'--data: "{folder}" has no metadata.jsonl; write one line per picture: '
@@ -201,7 +202,8 @@ def parse_metadata(line, where):
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", type(error).__name__)
-        raise InputError(f"{where}: not JSON ({reason}): {line[:60]}") from None
+        raise InputError(f"{where}: not JSON ({reason}); mend the line, or leave it out: "
+                         f"{line[:60]}") from None
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str)
                                               for key in ("file_name", "text")):
         raise InputError(f'{where}: needs "file_name" and "text", both strings: {line[:60]}')

@@ -10,9 +10,11 @@ file: those that cannot be used raise InputError, one sentence that names the fi
 """
 
 import contextlib
+import io
 import math
 import os
 import struct
+from pathlib import Path
 from wave import Error as WaveError
 from wave import open as open_wave
 
@@ -27,13 +29,14 @@ def _opened(path, kind):
     """A picture file, opened; what is wrong with it, found only later too, raises InputError."""
     from PIL import Image
     if not os.path.isfile(path):
-        raise InputError(f'there is no {kind} "{path}"')
+        raise InputError(f'there is no {kind} "{path}"; mend the name')
     try:
         with Image.open(path) as picture:
             yield picture
     except (Image.DecompressionBombError, EOFError, IndexError, OSError, SyntaxError, TypeError,
             ValueError, struct.error) as error:         # the bytes of a broken file go anywhere
-        raise InputError(f'"{path}" cannot be read as a {kind} ({error})') from None
+        raise InputError(f'"{path}" cannot be read as a {kind} ({error}); '
+                         "save it anew, as PNG, JPEG or GIF") from None
 
 
 def _fit(picture, size):
@@ -80,7 +83,9 @@ def save_picture(picture, path, scale=8):
 RATES = 1_000, 1_000_000        # Hz, lowest and highest: a header that says otherwise is broken
 FADE = 0.025                    # share of the band that fades out: from 3900 to 4000 Hz at 8 kHz
 TAIL = 0.1                      # seconds after which what follows a sample no longer changes it
-IEEE_FLOAT = 3                  # the number of a .wav format
+PCM, EXTENSIBLE = b"\x01\x00", b"\xfe\xff"                 # what a .wav header says its format is
+GUID = bytes.fromhex("000000001000800000aa00389b71")        # with PCM before: integers
+IEEE_FLOAT = 3
 
 
 def resample(wave, rate, new_rate):
@@ -107,16 +112,26 @@ def read_sound(path, samples, rate=8000):
     Of 8, 16, 24 or 32 bits, with any number of channels; a shorter one ends in silence.
     """
     if not os.path.isfile(path):
-        raise InputError(f'there is no sound "{path}"')
+        raise InputError(f'there is no sound "{path}"; mend the name')
     try:
-        with open(path, "rb") as stream, open_wave(stream) as file:
+        with _plain_wav(path) as stream, open_wave(stream) as file:
             levels, found = _read_levels(file, path, samples / rate + TAIL)
     except (WaveError, EOFError, OSError, RuntimeError) as error:
         raise InputError(f'"{path}" cannot be read as a sound ({str(error) or "it is cut short"}); '
                          "only PCM .wav files can: convert it with: "
-                         "ffmpeg -i in.wav -ac 1 -c:a pcm_s16le out.wav") from None
+                         f"ffmpeg -i in.wav -ac 1 -ar {rate} -c:a pcm_s16le out.wav") from None
     stored = to_samples(resample(levels, found, rate)[:samples] / 32767)
     return np.pad(stored, (0, samples - len(stored)))[None]
+
+
+def _plain_wav(path):
+    """A .wav file's bytes, as a stream. What says "extensible" but holds integers is told to say
+    "PCM", as programs write 24 bits or 96 kHz: before Python 3.12 `wave` refuses the former."""
+    content = bytearray(Path(path).read_bytes())
+    at = content.find(b"fmt ", 12) + 8                  # of the format; at 24 of it the real one
+    if at > 8 and content[at:at + 2] == EXTENSIBLE and content[at + 24:at + 40] == PCM + GUID:
+        content[at:at + 2] = PCM
+    return io.BytesIO(content)
 
 
 def _read_levels(file, path, seconds):

@@ -70,8 +70,8 @@ def arguments():
     parser.add_argument("--audio", help="a .wav file to read: writes its caption")
     parser.add_argument("--video", help="a .gif file to read: writes its caption")
     parser.add_argument("--to", choices=("text", *SUFFIX),
-                        help="what follows the prompt or file (default: the model decides after a "
-                             "prompt; a caption follows a file)")
+                        help="what follows the prompt or file (default: after a prompt what the "
+                             "model draws, or decides to; a caption after a file)")
     parser.add_argument("--out", help="the file to write (default: sample.png, .wav, .gif or .md; "
                                       "a caption is printed)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
@@ -103,13 +103,13 @@ def main():
     if not given:
         made = system.complete([[]], spans=3, temperature=args.temperature, **settings)[0]
         print(" ".join(content if name == "text" else f"[{name}]" for name, content in made))
-        return write(args.out or "sample.md", write_document, made)
+        return write(as_text(args.out or "sample.md"), write_document, made)
     name, content = given[0]
     segment = (name, content if name == "text" else read_signal(name, content, system))
     kind, made = answer(system, segment, args.to, settings)
     if kind == "text":
         print(made)
-        return args.out and write(args.out, lambda text, path:
+        return args.out and write(as_text(args.out), lambda text, path:
                                   path.write_text(text + "\n", encoding="utf-8"), made)
     out = Path(args.out or "sample" + SUFFIX[kind])
     if kind != "image" and out.suffix.lower() != SUFFIX[kind]:
@@ -135,11 +135,19 @@ def answer(system, segment, kind, settings):
     return "text", "".join(content for name, content in document if name == "text")
 
 
+def as_text(path):
+    """A path for words; InputError where its name is that of a picture, sound or clip, which might
+    be the very one that was read."""
+    if Path(path).suffix.lower() in (*SUFFIX.values(), ".jpg", ".jpeg"):
+        raise InputError(f'--out: "{path}" would hold words: name it .txt or .md')
+    return path
+
+
 def write(path, save, made):
     try:
         save(made, Path(path))
     except (OSError, ValueError) as error:
-        raise InputError(f'"{path}" cannot be written ({error})') from None
+        raise InputError(f'"{path}" cannot be written ({error}); give another --out') from None
     print(f"wrote {path}")
 
 
@@ -151,7 +159,8 @@ def run(main):
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"error: {sentence}", file=sys.stderr)    # of a file's name, or a caption's, as well
         sys.exit(2)
     except OSError as error:            # a full disk, say
         print(f"error: {error}; what was saved before is kept", file=sys.stderr)

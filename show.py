@@ -1,5 +1,6 @@
 """What is made for people's eyes: loss curves, sheets of samples, tours of a model."""
 
+import itertools
 import json
 import math
 import re
@@ -41,7 +42,9 @@ def curves(metrics_path, out, title):
     """metrics.jsonl -> a picture of all losses: one panel a quantity, noise levels together."""
     rows = [json.loads(line) for line in open(metrics_path, encoding="utf-8")]
     hidden = ("step", "loss", "lr", "gradient_norm", "seconds", "text_accuracy")
-    names = [name for name in rows[-1] if name not in hidden]
+    if not rows:                        # stopped before the first
+        return
+    names = [name for name in dict.fromkeys(itertools.chain(*rows)) if name not in hidden]
     panels, explained = [[name] for name in names if "_noise_" not in name], dict(EXPLAINED)
     for kind in MODALITIES[1:]:
         levels = [name for name in names if name.startswith(f"{kind}_noise_")]

@@ -38,13 +38,13 @@ import scores
 import show
 from autoencoders import autoencoder_config, frames_of, parts_of, train_autoencoder
 from checkpoints import (check_folder, load_autoencoder, load_checkpoint, made_with, make_folder,
-                         packed, save_checkpoint, write_json)
+                         packed, save_checkpoint, trusted, write_json)
 from corpora import EXAMPLES, folder_corpus, toy_corpus
 from data import MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows
 from machine import FAST_BF16, from_first, join_processes, pick_device, rank, world
 from sample import Parser, run, write_document
 from system import MODELS, Codecs, System, build, layout_of
-from trainer import Trainer, facts
+from trainer import PAYS, Trainer, facts
 from transfusion import TransfusionConfig
 from vqvae import VQVAE, Codec, VQVAEConfig
 from worlds import motion, stories
@@ -188,7 +188,8 @@ def train_transformer(arch, config, model_options, given):
     kept, saved = from_first(lambda: check_folder(folder, arch, setting)), None
     if given["resume"]:
         saved = kept or from_first(lambda: load_checkpoint(folder))
-        config, model_options = as_before(saved, config, model_options, given, folder)
+        with trusted(folder):
+            config, model_options = as_before(saved, config, model_options, given, folder)
     config = with_presets(config, setting, f"{setting} {name}", config.size)
     corpus, held_out = load_data(config)
     digest = digest_of(corpus)
@@ -200,7 +201,8 @@ def train_transformer(arch, config, model_options, given):
     about["digest"] = digest
     trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
     if saved:
-        trainer.resume(saved)
+        with trusted(folder):
+            trainer.resume(saved)
     else:
         from_first(lambda: make_folder(folder))
     trainer.compile()
@@ -275,8 +277,9 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     parts = config.accumulate * world()
     batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     if saved:
-        autoencoders = {kind: load_autoencoder(kept).to(device)
-                        for kind, kept in saved["autoencoders"].items()}
+        with trusted("checkpoint.pt"):
+            autoencoders = {kind: load_autoencoder(kept).to(device)
+                            for kind, kept in saved["autoencoders"].items()}
     elif trained:
         autoencoders = trained_like(untrained, corpus, held_out, config, name, device)
     else:
@@ -318,8 +321,11 @@ def measure_speed(arch, config, model_options):
     folder = folder_of(arch, setting, config, name)
     check_folder(folder, arch, setting)
     config = with_presets(config, setting, f"{setting} {name}", config.size)
+    config = dataclasses.replace(config, steps=max(config.steps, PAYS))     # so: compiled
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, None,
                                             name, device, trained=False)
+    if isinstance(batches, Alternate):          # long rows and short ones: those that come oftener
+        batches = max(batches.kinds, key=lambda kind: kind[1])[0]
     dense = build(setting, setting, about["config"], model.layout)
     mot = build("mot", setting, about["config"], model.layout, {"towers": towers_of(config)})
     trainers = {name: Trainer(model, batches, config, device, folder)

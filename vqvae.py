@@ -12,12 +12,13 @@ Instead of the codebook loss, the paper's own alternative: an EMA codebook (App.
 Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3); the kl
 decoder learns from noisy latents (RAE, arXiv 2510.11690), since drawn ones are a little off.
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
-The encoder and decoder are the same for both, so the difference in PSNR is what quantizing loses.
+The encoder and decoder are the same for both, so that what quantizing loses can be seen alone:
+trained alike (--bottleneck kl --latent-noise 0 --steps 2000), the difference in PSNR.
 Sound is a picture too: `spectrum` makes one of a waveform, `waveform` undoes it (Griffin-Lim). A
-clip is its frames in turn. Only channels, size, strides and widths change (autoencoders.py).
+clip is its frames in turn. All are this class, with other sizes (autoencoders.py).
 
     python vqvae.py                          the idea on one batch, untrained, in seconds
-    python train.py vqvae                    train the discrete one: ~36 dB, every code in use
+    python train.py vqvae                    train the discrete one: ~35 dB, every code in use
     python train.py vqvae --bottleneck kl    train the continuous one: ~36 dB
 
 Symbols: B batch, C latent channels, K codes, h x w latent grid, z_e encoder output, z_q quantized.

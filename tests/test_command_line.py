@@ -204,7 +204,13 @@ def test_a_bad_line_of_metadata_is_named(folder, capsys, line, named):
     assert "metadata.jsonl, line 7" in sentence and named in sentence
 
 
-@pytest.mark.parametrize("out", ["pictures/0.png", "pictures/0.png/run"])
+# the last one is no folder's, whoever asks: its permissions promise otherwise
+UNWRITABLE = ["pictures/0.png", "pictures/0.png/run",
+              pytest.param("/proc/run", marks=pytest.mark.skipif(not os.path.isdir("/proc"),
+                                                                 reason="there is no /proc"))]
+
+
+@pytest.mark.parametrize("out", UNWRITABLE)
 @pytest.mark.parametrize("arch", ["mot", "vqvae"])
 def test_an_output_folder_that_cannot_be_written_is_named_before_anything_is_trained(
         folder, capsys, out, arch):
@@ -366,6 +372,24 @@ def test_a_checkpoint_that_was_changed_is_named(runs, tmp_path, capsys, change, 
     assert "changed.pt" in sentence and said in sentence
 
 
+@pytest.mark.parametrize("change", [
+    {"arch": ["mot"]}, {"train": 3}, {"model": {}}, {"autoencoders": {"image": {}}},
+    {"optimizer": {}}])
+def test_a_checkpoint_that_was_changed_is_not_resumed(runs, folder, capsys, change):
+    for part in ("runs", "mot"):
+        shutil.copytree(runs / part, folder.parent / part)
+    saved = torch.load("mot/checkpoint.pt", weights_only=True)
+    torch.save({**saved, **change}, "mot/checkpoint.pt")
+    before = everything_below("mot")
+    with pytest.raises(SystemExit) as stopped:
+        call(train.main, "mot", "--data", "pictures", "--steps", 4, *BRIEF, "--out", "mot",
+             "--resume")
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and sentence.startswith("error: ")
+    assert "checkpoint.pt" in sentence or '"mot"' in sentence
+    assert everything_below("mot") == before
+
+
 def test_a_cut_checkpoint_is_named(runs, tmp_path, capsys):
     whole = (runs / "mot" / "checkpoint.pt").read_bytes()
     for part in (len(whole) // 2, len(whole) - 10):
@@ -388,6 +412,9 @@ def test_an_autoencoder_is_not_talked_to(runs, capsys, monkeypatch):
     (["mot", "a prompt", "--out", "picture.docx"], "picture.docx"),
     (["mot", "a prompt", "--out", "pictures"], "pictures"),
     (["mot", "--out", "pictures"], "pictures"),
+    (["mot", "--out", "pictures/0.png"], "would hold words"),           # nor that:
+    (["mot", "--image", "pictures/0.png", "--out", "pictures/0.png"], "would hold words"),
+    (["mot", "--image", "gone\n\x1b[31m.png"], r"gone\n\x1b[31m.png"),
     (["mot", "a prompt", "--device", "tpu"], "tpu"), ([], "run"),
     (["mot", "a prompt", "--guidence", "2"], "--guidence"),
 ])
@@ -725,6 +752,22 @@ def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
     assert (report["setting"], report["data"], report["seed"]) == ("transfusion", "shapes", 0)
     assert FILES | {"transcript.md"} <= {path.name for path in (tmp_path / "runs/mot").iterdir()}
     assert (tmp_path / "runs/mot/progress/step-000001.png").is_file()
+
+
+def test_there_are_no_curves_before_the_first_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    show.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "title")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_loss_that_the_last_row_lacks_has_its_panel(tmp_path, monkeypatch):
+    rows = [{"step": 50, "text": 1.0, "image": 2.0}, {"step": 51, "text": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    drawn = []
+    monkeypatch.setattr(show, "_finish", lambda figure, *_: drawn.extend(
+        axis.lines[0].get_label() for axis in figure.axes if axis.lines))
+    show.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "title")
+    assert drawn == ["text", "image"]
 
 
 def test_curves_are_drawn_although_a_noise_level_was_never_met(tmp_path):
