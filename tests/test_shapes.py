@@ -369,6 +369,17 @@ def test_half_a_thing_beside_a_whole_one_is_unreadable():
     unreadable(pictures())
 
 
+def test_the_least_half_of_all_beside_a_whole_thing_is_unreadable():
+    """The tip of a small triangle, of which a few pixels are left."""
+    def pictures():
+        for rng, scene in scenes(1500, things=2):
+            upper, lower = scene.things
+            if (lower.size, lower.shape) == ("small", "triangle") and (
+                    shapes.PLACES.index(upper.place) // 3 < shapes.PLACES.index(lower.place) // 3):
+                yield erase_half(scene, lower, rng, axis=1)
+    unreadable(pictures())
+
+
 def test_a_third_thing_is_unreadable():
     def pictures():
         for rng, scene in scenes(200, things=2):

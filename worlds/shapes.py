@@ -215,7 +215,7 @@ def apply_change(scene, sentence):
 # --- the grader ----------------------------------------------------------------------------------
 
 MAX_RESIDUAL = 0.08     # unexplained near a thing, as a share of its energy: more is unreadable
-MAX_STRAY = 0.20        # unexplained elsewhere, as a share of the energy of the faintest thing
+MAX_STRAY = 0.08        # unexplained elsewhere, as a share of the energy of the faintest thing
 MIN_PRESENCE = 0.50     # a thing must explain this share of the energy that it would have if clean
 
 
