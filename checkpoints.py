@@ -26,27 +26,31 @@ FORMAT = 4                  # of checkpoints; raised when what they hold changes
 
 # --- what a run writes ---------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def writing(folder):
+    """Within it a run's folder is written to; InputError where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror}); '
+                         "give another --out") from None
+
+
 def make_folder(folder):
     """Make a run's folder, empty of metrics; InputError where it cannot be written."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "checkpoint.pt").is_file():        # or --resume might go on from it
             os.replace(folder / "checkpoint.pt", folder / "previous.pt")
         (folder / "metrics.jsonl").write_text("", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror}); '
-                         "give another --out") from None
 
 
 def check_folder(folder, arch, setting):
     """The checkpoint that a run's folder holds, or None. InputError where the folder could not be
     written, or holds a run of another kind: said before the work, not after."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    try:
+    with writing(folder):
         tempfile.TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:
-        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror}); '
-                         "give another --out") from None
     if not (folder / "checkpoint.pt").is_file():
         ours = ("metrics.jsonl", "benchmark.json", "previous.pt")
         if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists()

@@ -326,13 +326,19 @@ class Batches:
         if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
             raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
                              "a span of each modality; raise it, or --context")
-        drawn = sum(len(row) for _ in range(16) for row in self.fill()) / 16
-        self.epoch = len(corpus.documents) / drawn          # batches, about
         self.state = self.start()
 
     def start(self):
         """The state before the first batch: by make-up, how many were drawn, and who waits."""
         return {"batch": 0, "drawn": [0] * len(self.makeups), "held": [[] for _ in self.makeups]}
+
+    @property
+    def epoch(self):
+        """Batches, about, in which every document comes once."""
+        kept = self.state
+        drawn = sum(len(row) for _ in range(16) for row in self.fill()) / 16
+        self.state = kept
+        return sum(map(len, self.documents)) / drawn
 
     def draw(self, makeup, number):
         """A make-up's document number 0, 1, 2, ...: each once an epoch, in that epoch's order."""
@@ -407,7 +413,8 @@ class Alternate:
 
     def __init__(self, streams, parts=1):
         self.streams, self.parts, self.drawn = streams, parts, 0
-        self.share = streams[1].epoch / sum(stream.epoch for stream in streams)  # of the second
+        first, second = (stream.epoch for stream in streams)
+        self.share = second / (first + second)              # of the batches, the second stream's
 
     def __iter__(self):
         return self

@@ -125,13 +125,15 @@ def read_sound(path, samples, rate=8000):
 
 
 def _plain_wav(path):
-    """A .wav file's bytes, as a stream. What says "extensible" but holds integers is told to say
-    "PCM", as programs write 24 bits or 96 kHz: before Python 3.12 `wave` refuses the former."""
-    content = bytearray(Path(path).read_bytes())
-    at = content.find(b"fmt ", 12) + 8                  # of the format; at 24 of it the real one
-    if at > 8 and content[at:at + 2] == EXTENSIBLE and content[at + 24:at + 40] == PCM + GUID:
-        content[at:at + 2] = PCM
-    return io.BytesIO(content)
+    """A .wav file, opened. One that says "extensible" but holds integers, as programs write 24 bits
+    or 96 kHz, is read as if it said "PCM": before Python 3.12 `wave` refuses the former."""
+    with open(path, "rb") as stream:
+        head = stream.read(4096)
+    at = head.find(b"fmt ", 12) + 8                     # of the format; at 24 of it the real one
+    if at == 7 or head[at:at + 2] != EXTENSIBLE or head[at + 24:at + 40] != PCM + GUID:
+        return open(path, "rb")
+    content = Path(path).read_bytes()
+    return io.BytesIO(content[:at] + PCM + content[at + 2:])
 
 
 def _read_levels(file, path, seconds):

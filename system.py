@@ -37,14 +37,15 @@ class Codecs:
     def encode(self, name, signals):
         """Signals of a modality, stored or as its codec takes them -> codes or latents, on the CPU.
         """
-        return self.in_parts(self.codecs[name].encode, torch.as_tensor(signals), to_signal)
+        return self.in_parts(lambda part: self.codecs[name].encode(
+            to_signal(part).to(self.device)), torch.as_tensor(signals))
 
     def decode(self, name, encoded):
-        return self.in_parts(self.codecs[name].decode, encoded)
+        return self.in_parts(lambda part: self.codecs[name].decode(part.to(self.device)), encoded)
 
     @torch.no_grad()
-    def in_parts(self, function, rows, before=lambda part: part, batch=64):
-        """function(before(rows)), a batch at a time, written into one tensor on the CPU.
+    def in_parts(self, function, rows, batch=64):
+        """function(rows), a batch at a time, written into one tensor on the CPU.
 
         What a few need fits a processor's cache. Were their results kept in a list, they would lie
         between what each batch needs for a moment, and memory would grow by gigabytes.
@@ -52,7 +53,7 @@ class Codecs:
         whole = None
         with precision(self.device):
             for start in range(0, max(1, len(rows)), batch):
-                part = function(before(rows[start:start + batch]).to(self.device))
+                part = function(rows[start:start + batch])
                 if whole is None:
                     whole = torch.empty(len(rows), *part.shape[1:], dtype=part.dtype)
                 whole[start:start + batch] = part

@@ -38,7 +38,7 @@ import scores
 import show
 from autoencoders import autoencoder_config, frames_of, parts_of, train_autoencoder
 from checkpoints import (check_folder, load_autoencoder, load_checkpoint, made_with, make_folder,
-                         packed, save_checkpoint, trusted, write_json)
+                         packed, save_checkpoint, trusted, write_json, writing)
 from corpora import EXAMPLES, folder_corpus, toy_corpus
 from data import MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows
 from machine import FAST_BF16, from_first, join_processes, pick_device, rank, world
@@ -336,11 +336,9 @@ def measure_speed(arch, config, model_options):
     found = benchmark.report(trainers, batches, systems, device, config.picture_size)
     if rank() > 0:
         return
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "benchmark.json", found)
-    except OSError as error:
-        raise InputError(f'--out: "{folder}" cannot be written ({error.strerror})') from None
 
 
 def towers_of(config):
