@@ -8,16 +8,19 @@ This is the repository's own module, or the file that the environment names in i
     UNDER_TEST=mot=my/mot.py pytest tests/test_mot.py
     UNDER_TEST=mot=my/mot.py,worlds.shapes=my/shapes.py pytest
 
-A module that is replaced is replaced for every importer: `import mot` in another file gets it too.
+A module that is replaced is replaced for every importer: `import mot` in another file gets it too,
+and so do the commands that tests start, `python tests/adapter.py train.py mot ...`.
 """
 
 import importlib
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, __file__]            # what starts a file of the repository
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts)
            for path in (*ROOT.glob("*.py"), *ROOT.glob("worlds/[!_]*.py"))}
 
@@ -60,3 +63,10 @@ class _Finder:
 
 sys.path.insert(0, str(ROOT))
 sys.meta_path.insert(0, _Finder)
+if _Finder.paths:           # a command that a test starts may run in another folder
+    os.environ["UNDER_TEST"] = ",".join(f"{name}={path}" for name, path in _Finder.paths.items())
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    sys.argv[0] = _Finder.paths.get(sys.argv[0].removesuffix(".py"), ROOT / sys.argv[0])
+    runpy.run_path(str(sys.argv[0]), run_name="__main__")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adapter import ROOT, load
+from adapter import PROGRAM, load
 
 autoencoders, checkpoints, system = load("autoencoders"), load("checkpoints"), load("system")
 corpora, data, machine, media = load("corpora"), load("data"), load("machine"), load("media")
@@ -484,8 +484,7 @@ def test_presets_fill_in_what_was_not_given_and_nothing_else():
 
 
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "mott"], capture_output=True,
-                          text=True)
+    done = subprocess.run([*PROGRAM, "train.py", "mott"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -740,8 +739,7 @@ def test_vqvae_does_not_overwrite_another_run_in_a_folder_of_a_kind(mixed, runs,
 
 def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", "mot", "--steps", "2",
-                           "--examples", "400", *FEW],
+    done = subprocess.run([*PROGRAM, "train.py", "mot", "--steps", "2", "--examples", "400", *FEW],
                           cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "runs" / "mot" / "report.json").read_text())

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import small
-from adapter import ROOT, load
+from adapter import PROGRAM, load
 from test_command_line import call, plain, write_folder  # noqa: F401 (a fixture)
 from test_trainer import small_trainer
 
 train, trainer, vqvae = load("train"), load("trainer"), load("vqvae")
 
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TRAIN = [str(ROOT / "train.py"), "mot", "--data", "pictures", "--out", "run", "--width", "32",
+TRAIN = [PROGRAM[1], "train.py", "mot", "--data", "pictures", "--out", "run", "--width", "32",
          "--depth", "1", "--heads", "2", "--hidden", "64", "--autoencoder-steps", "2",
          "--cases", "2", "--picture-size", "16"]
 STEPS = 52

@@ -15,7 +15,8 @@ COMMANDS = [part.strip()
             for block in re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)
             for line in block.replace("\\\n", " ").splitlines()
             for part in re.sub(r"(^|\s)#.*", "", line).split("&&") if part.strip()]
-PYTHON = [command for command in COMMANDS if re.match(r"(\w+=\S+ )*python ", command)]
+PYTHON = [command for command in COMMANDS
+          if re.match(r"(\w+=\S+ )*(python|torchrun) ", command)]
 READING = [row for section in re.split(r"^#+ ", TEXT, flags=re.M)
            if "reading path" in section.partition("\n")[0].lower()
            for row in section.splitlines() if row.startswith("|") and ".py`" in row]
@@ -24,15 +25,17 @@ READING = [row for section in re.split(r"^#+ ", TEXT, flags=re.M)
 def test_there_is_a_readme_with_commands_and_a_reading_path():
     assert README.is_file()
     assert len(PYTHON) >= 3 and len(READING) >= 5
+    assert any(command.startswith("torchrun") for command in PYTHON)
 
 
 @pytest.mark.parametrize("command", PYTHON)
 def test_a_command_names_files_and_options_that_exist(command, monkeypatch):
     words = shlex.split(command)
-    file, *argv = words[words.index("python") + 1:]
-    if file == "-m":
-        assert argv[0] in ("pytest", "venv", "pip")
+    if "-m" in words:
+        assert words[words.index("-m") + 1] in ("pytest", "venv", "pip")
         return
+    file = next(word for word in words if word.endswith(".py"))
+    argv = words[words.index(file) + 1:]
     assert (ROOT / file).is_file()
     monkeypatch.setattr(sys, "argv", [file, *argv])
     if file == "train.py":
