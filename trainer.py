@@ -50,7 +50,8 @@ class Trainer:
         called = Called(model, lambda *arguments: self.loss(*arguments))
         self.sampler = self.averaged            # what to sample from: in one piece
         if sharded:
-            self.sampler = copy.deepcopy(self.averaged).to(device if rank() == 0 else "cpu")
+            # whole in the first process alone, and on its device only while it samples
+            self.sampler = copy.deepcopy(self.averaged).to("cpu" if rank() == 0 else "meta")
             mesh = dist.init_device_mesh(device.type, (world(),))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
@@ -71,7 +72,10 @@ class Trainer:
 
     def compile(self):
         """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
-        if not self.compiled or self.sharded or self.config.steps < max(PAYS, self.step + 1):
+        if not self.compiled or self.config.steps < max(PAYS, self.step + 1):
+            return
+        if self.sharded:
+            say("--fsdp: running uncompiled")
             return
         if not compiler_exists(self.device):
             say("no compiler found (g++ or clang++): running uncompiled, which is slower")
@@ -173,6 +177,8 @@ class Trainer:
                     self.gather()
                     if rank() == 0:
                         at_each()
+                        if self.sharded:
+                            self.sampler.to("cpu")
                 if saving:
                     save()
                     last_save = time.time()
@@ -186,7 +192,9 @@ class Trainer:
         """Bring what to sample from up to date, where processes hold the weights in shares."""
         if self.sharded:
             for kept, share in zip(self.sampler.parameters(), self.averaged.parameters()):
-                kept.copy_(whole(share))
+                kept.copy_(whole(share))        # which all take part in, and the first one keeps
+            if rank() == 0:
+                self.sampler.to(self.device)
 
     def explain(self, rows):
         """Raise InputError about the first of the last steps whose loss was not finite."""

@@ -27,6 +27,14 @@ from transfusion import TransfusionConfig  # noqa: E402
 VOCABULARY, LENGTH = 65_536, 4096           # V and T of Chameleon and MoT
 MODELS = {"100M": (768, 14), "1B": (2048, 20), "7B": (4096, 32)}        # D, L
 PEAK, SHARE = 312e12, 0.40                  # FLOP/s of an A100 in bf16; what a good run gets of it
+# published runs: name, D, L, parameters that multiply a token (0: by the formula), tokens in 10^12,
+# GPU hours; the 34B has grouped queries, so fewer parameters than the formula says
+RUNS = (("Chameleon 7B (D 4096, L 32)", 4096, 32, 0, 9.2, "856,481 (1,024 A100)"),
+        ("Chameleon 34B (D 8192, L 48)", 8192, 48, 34e9, 9.2, "4,282,407 (3,072 A100)"),
+        ("Transfusion 7B", 4096, 32, 0, 0.5, "not published"),
+        ("Transfusion 7.3B, final", 4096, 32, 0, 2, "not published"),
+        ("MoT 7B (120,000 steps; 0.17 to 0.38 T over its sizes)", 4096, 32, 0, 0.38,
+         "not published"))
 STATE = 20          # bytes a parameter: weight, gradient, two moments, average, in fp32
 ACTIVATION = 70     # bytes a position, layer and unit of width: what our blocks keep in bf16
 GIB = 2 ** 30
@@ -38,10 +46,10 @@ def parameters(D, L, M=1):
     return 12 * L * D * D * M + 2 * VOCABULARY * D
 
 
-def flops_per_token(D, L):
-    """Of training: 6 for every parameter that multiplies it, and 12 L D T for attention (no part of
-    it skipped). M is not in it: a token meets one tower."""
-    return 6 * (12 * L * D * D + VOCABULARY * D) + 12 * L * D * LENGTH
+def flops_per_token(D, L, multiplied=0):
+    """Of training: 6 for every parameter that multiplies it (by the formula, or as many as given),
+    and 12 L D T for attention (no part of it skipped). M is not in it: a token meets one tower."""
+    return 6 * (multiplied or 12 * L * D * D + VOCABULARY * D) + 12 * L * D * LENGTH
 
 
 def memory(D, L, M, gpus, tokens=LENGTH):
@@ -69,6 +77,17 @@ def plan():
                     f"{parameters(D, L) / 1e9:.2f} G | {flops_per_token(D, L) / 1e9:.2f} | {gpus} "
                     f"| {need:.0f}{'' if need < 80 else ' (more than 80)'} "
                     f"| {tokens_per_second(D, L, gpus):,.0f} |")
+    return "\n".join(lines)
+
+
+def published():
+    """The formulas beside published runs -> Markdown."""
+    lines = ["| run | tokens | FLOPs a token | GPU hours by the formula | published |",
+             "|" + "---|" * 5]
+    for name, D, L, multiplied, tokens, hours in RUNS:
+        flops = flops_per_token(D, L, multiplied)
+        lines.append(f"| {name} | {tokens:g} T | {flops / 1e9:.0f} G "
+                     f"| {tokens * 1e12 * flops / (PEAK * SHARE) / 3600:,.0f} | {hours} |")
     return "\n".join(lines)
 
 
@@ -196,7 +215,7 @@ def main():
     if what not in ("plan", "measure", "figure"):
         sys.exit(__doc__)
     if what == "plan":
-        print(plan())
+        print(plan(), published(), sep="\n\n")
         return
     path = HERE / "scaling.json"
     if what == "measure":

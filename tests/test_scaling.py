@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_page_has_the_plan_that_the_formulas_give():
-    assert scaling.plan() in PAGE
+    assert scaling.plan() in PAGE and scaling.published() in PAGE
 
 
 def test_the_page_has_the_exponents_that_were_measured():
