@@ -46,7 +46,8 @@ class Untied(nn.Module):
     def forward(self, x, sizes):
         """x (N, ...) sorted by modality; sizes, by modality, how many of the N are its own."""
         blocks = zip(self.towers, x.split(sizes))
-        return torch.cat([self.copies[tower](block) for tower, block in blocks if len(block)])
+        parts = [self.copies[tower](block) for tower, block in blocks if len(block)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Permute(torch.autograd.Function):
