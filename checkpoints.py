@@ -142,7 +142,7 @@ def trusted(path):
     """Within it a checkpoint's contents are used; InputError where they are not what they were."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise InputError(f'"{path}" holds a model that this code cannot build: it was written by '

@@ -456,6 +456,9 @@ def check(config, given):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
     if config.seed >= 2 ** 63:
         raise InputError(f"--seed is {config.seed}; it must be below 2^63")
+    if scores.SEED <= config.seed < scores.SEED + 1000:
+        raise InputError(f"--seed is {config.seed}; {scores.SEED} to {scores.SEED + 999} are those "
+                         "of the cases that scores are measured on: give another")
     if given.get("lr") == 0:
         raise InputError("--lr is 0: nothing would be learned")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),

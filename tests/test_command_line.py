@@ -156,6 +156,7 @@ def refused(capsys, main, *argv, place="."):
     (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
     (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
     (["mot", "--data", "gone"], "gone"), (["mot", "--seed", "-1"], "--seed"),
+    (["mot", "--seed", "12345"], "scores are measured"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
     (["vqvae", "--channels", "1"], "--channels"), (["mot", "--seed", str(2 ** 63)], "--seed"),
     (["mot", "--accumulate", "3"], "--accumulate"),
