@@ -460,6 +460,23 @@ def test_a_second_thing_is_unreadable():
     unreadable(clips())
 
 
+def test_the_tip_of_a_small_triangle_beside_a_thing_in_one_frame_is_unreadable():
+    def clips():
+        for rng, scene in scenes(100, actions=("stays",)):
+            far = [place for place in motion.PLACES
+                   if abs(np.subtract(*(divmod(motion.PLACES.index(p), 3)
+                                        for p in (place, scene.value)))).max() > 1]
+            if far:
+                other = scene._replace(size="small", shape="triangle", value=rng.choice(far))
+                clip, second = motion.render(scene, rng), motion.render(other, rng)
+                rows = np.flatnonzero(drawn(other, second)[0].max(1) > 0.1)
+                half, one = rows[:(len(rows) + 1) // 2], rng.integers(8)
+                shown = drawn(other, second)[one, half] > 0.1
+                clip[one][:, half] = np.where(shown, second[one][:, half], clip[one][:, half])
+                yield clip
+    unreadable(clips())
+
+
 def test_the_average_of_two_clips_is_unreadable():
     unreadable((motion.render(scene, rng) + motion.render(motion.sample(rng), rng)) / 2
                for rng, scene in scenes(40))

@@ -180,7 +180,7 @@ def parse(caption):
 # --- the grader: what each frame shows -----------------------------------------------------------
 
 MAX_RESIDUAL = 0.12     # unexplained near the thing, a pixel of its outline: more is unreadable
-MAX_STRAY = 0.30        # unexplained elsewhere, as a share of the energy of the faintest thing
+MAX_STRAY = 0.12        # unexplained elsewhere, as a share of the energy of the faintest thing
 MIN_PRESENCE = 0.75     # share of a thing that must be inside the picture: an empty one has none
 NEAR = 2.0              # pixels beyond a thing's radius that count as near it
 FAINT = 0.25            # a pixel that is covered less than this does not help to find the thing
