@@ -63,8 +63,8 @@ def replace_codes(tokens, share, codes):
     it shall say.
 
     A code is mostly known from its neighbours, so next-token prediction learns texture first and
-    words last. Where neighbours lie, only the caption tells. tokens, share (...); codes (first,
-    last + 1), the ids to draw from.
+    words last. Where neighbours are wrong, only the caption helps. tokens, share (...); codes
+    (first, last + 1), the ids to draw from.
     """
     strange = torch.randint(*codes, tokens.shape, device=tokens.device)
     return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, strange, tokens)
@@ -266,7 +266,7 @@ class Chameleon(nn.Module):
     def weights(self, batch):
         """What each target counts in the loss: 0 where there is none; (B, T).
 
-        It depends on what stands before a target alone, so that the best prediction stays the same.
+        It depends on where a target stands, not on what it is: the best prediction stays the same.
         """
         shown = [torch.zeros_like(batch.order[:batch.sizes[0]], dtype=torch.bool)]
         for flags, n in zip(batch.shown, self.span_lengths):

@@ -1,12 +1,13 @@
-"""Mixture-of-Transformers (MoT): every weight untied by modality, attention still global.
+"""Mixture-of-Transformers (MoT): the blocks' weights untied by modality, attention still global.
 
 A dense transformer with one change: each norm, projection and feed-forward has one copy per
 modality, and a position uses the copy of its own. Keys and values of all modalities meet in one
 attention. Twice the block parameters for two modalities, exactly the FLOPs of the dense model.
 
 Paper: Liang et al. 2024, "Mixture-of-Transformers" (arXiv 2411.04996), Algorithm 1.
-As in the paper: all non-embedding weights untied, deterministic routing by modality, one global
-softmax attention; and both of its settings, Chameleon (discrete) and Transfusion (continuous).
+As in the paper: all non-embedding weights untied (what turns ids, codes, patches and times into
+vectors, and back, stays the host's), deterministic routing by modality, one global softmax
+attention; and both of its settings, Chameleon (discrete) and Transfusion (continuous).
 Otherwise: norms stand where the host has them, before attention and FFN; in Algorithm 1, behind.
 Left out: fused kernels. A modality is known, so there is no router, balancing loss or capacity.
 The order by modality is made once a batch, and positions stay sorted from block to block, so that

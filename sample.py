@@ -3,7 +3,7 @@
     python sample.py runs/mot "at the centre a large red circle on white."   writes a picture
     python sample.py runs/mot --image picture.png                            writes a caption
     python sample.py runs/mot                                                writes a free document
-    python sample.py runs/mot-all "a loud sine wave plays C5, G5."           writes a sound
+    python sample.py runs/mot-all "a loud sine wave plays C5, E5."           writes a sound
     python sample.py runs/mot-all --audio sample.wav                         writes a caption
     python sample.py runs/mot-all --video clip.gif --to audio                writes a clip's sound
 

@@ -7,7 +7,7 @@ Each score is a share of cases (0..1) with the number of cases beside it (`..._n
     generation_nearest_...    the same, were the grader to read unclean pictures too
     caption_exact             picture -> caption that parses to the picture's very scene
     boi_rate                  after a caption, and nothing more, the model itself opens a picture
-    reconstruction_exact      what the autoencoder alone lets through: the ceiling of those above
+    reconstruction_exact      what the autoencoder alone lets through: a bound to what is drawn
     reconstruction_psnr       of the same pictures, in dB
 
 Sounds and clips have the same scores with audio_ and video_ before them (the PSNR of sounds is that

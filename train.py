@@ -7,9 +7,9 @@
     python train.py mot --data all      words, pictures, sounds and clips in one model
     python train.py mot --data FOLDER   your own files (FOLDER/metadata.jsonl has the captions)
 
-Writes to runs/NAME: checkpoint.pt, metrics.jsonl, report.json, curves.png, samples.png and
-transcript.md. Autoencoders are trained on first use, kept under a name that holds their data and
-settings, and reused.
+Writes to runs/NAME: checkpoint.pt, metrics.jsonl, report.json, curves.png, samples.png, progress/
+and transcript.md. Autoencoders are trained on first use, kept under a name that holds their data
+and settings, and reused.
 """
 
 import os
@@ -396,14 +396,20 @@ def arguments(argv):
     """The command line -> (TrainConfig, model options that were given, all that was given)."""
     names = ("vqvae", "chameleon", "transfusion", "mot")
     arch = argv[0] if argv and argv[0] in names else None
-    early = Parser(prog="train.py", add_help=False, allow_abbrev=False)     # decides the options
-    early.add_argument("--setting", default="transfusion")
-    setting = early.parse_known_args(argv)[0].setting
+    # what decides the other options and their defaults
+    early = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    for name, default in (("setting", "transfusion"), ("bottleneck", "vq"), ("data", "shapes"),
+                          ("size", "tiny")):
+        early.add_argument(f"--{name}", default=default)
+    known = early.parse_known_args(argv)[0]
+    setting, presets = known.setting, {}
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arch", choices=names, help="what to train")
     groups, preset = {"training": TrainConfig}, setting if arch == "mot" else arch
-    preset = "vqvae-vq" if arch == "vqvae" else preset
+    preset = f"vqvae-{known.bottleneck}" if arch == "vqvae" else preset
+    for name in (preset, f"{preset} {known.data}", *[known.size] * (arch != "vqvae")):
+        presets |= PRESETS.get(name, {}) | SIZES.get(name, {})
     if arch:
         groups["model"] = VQVAEConfig if arch == "vqvae" else MODELS.get(
             (arch, setting if arch == "mot" else arch), (0, TransfusionConfig))[1]
@@ -412,7 +418,7 @@ def arguments(argv):
         for name, kind, default, text in options_of(config_class):
             if name in WITHOUT_EFFECT.get(arch, ()):
                 continue
-            default = default or PRESETS.get(preset, {}).get(name)
+            default = presets.get(name, default)
             shown = f" [{default}]" if default else ""
             group.add_argument("--" + name.replace("_", "-"), type=kind,
                                metavar=kind.__name__.upper(),

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -472,6 +473,21 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
     sentence = refused(capsys, train.main, "mot", "--out", "mot", *MIXED, "--towers", "0,1,2,1",
                        "--resume")
     assert "--towers" in sentence and "0,1,2,1" in sentence and "0,1,2,3" in sentence
+
+
+@pytest.mark.parametrize("argv, shown", [
+    (["chameleon"], {"steps": "3600", "weight-decay": "0.3", "heads": "8"}),
+    (["chameleon", "--data", "all"], {"steps": "12000", "weight-decay": "0.1", "heads": "8"}),
+    (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
+    (["mot", "--setting", "chameleon"], {"lr": "0.004", "code-noise": "0.6"}),
+    (["vqvae", "--bottleneck", "kl"], {"steps": "1200"})])
+def test_help_shows_the_defaults_of_the_data_and_size_that_are_named(argv, shown, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.arguments([*argv, "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, default in shown.items():
+        assert re.search(rf"--{name} [A-Z]+ [^\[]*\[{default}\]", text), name
 
 
 def test_presets_fill_in_what_was_not_given_and_nothing_else():
