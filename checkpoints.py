@@ -144,7 +144,7 @@ def trusted(path):
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise InputError(f'"{path}" holds a model that this code cannot build: it was written by '
                          f"another version, or changed since; {ANOTHER}") from None
 
@@ -176,4 +176,4 @@ def load_system(path, device="cpu"):
         model = build(saved["arch"], saved["setting"], saved["config"],
                       layout_of(tokenizer, codecs), saved["mot"])
         model.load_state_dict(saved["ema"])
-    return System(model.to(device), codecs, tokenizer, device, saved["longest_text"])
+        return System(model.to(device), codecs, tokenizer, device, saved["longest_text"])

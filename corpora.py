@@ -169,20 +169,26 @@ def folder_corpus(folder, size=32, held_out=0.1):
         if line.strip():
             name, text = parse_metadata(line, f"{metadata}, line {number}")
             try:
-                pairs.append((text, *read_file(folder / name, size)))
+                pairs.append((name, text, *read_file(folder / name, size)))
             except InputError as error:
                 raise InputError(f"{metadata}, line {number}: {error}") from None
     parts = Table(None), Table(None)
     for kind in WORLDS:
-        own = [(text, stored) for text, name, stored in pairs if name == kind]
+        own = {}                        # all lines of a file are trained on, or none
+        for name, text, modality, stored in pairs:
+            if modality == kind:
+                own.setdefault(os.path.normpath(name), []).append((text, stored))
+        files = list(own.values())
         shuffled = np.random.default_rng(0).permutation(len(own))   # the same split in every run
         test = min(max(1, int(len(own) * held_out)), 512) if len(own) > 1 else 0
         for place, i in enumerate(shuffled):
-            table, (text, stored) = parts[place < test], own[i]
-            table.documents.append([("text", text), table.add(kind, stored)])
+            table = parts[place < test]
+            for text, stored in files[i]:
+                table.documents.append([("text", text), table.add(kind, stored)])
     if not parts[1].documents:
-        raise InputError(f'--data: "{metadata}" names {len(pairs)} files; at least 2 of a kind '
-                         "are needed, one to learn from and one to be tested on")
+        count = len({name for name, *_ in pairs})
+        raise InputError(f'--data: "{metadata}" names {count} files; at least 2 of a kind are '
+                         "needed, one to learn from and one to be tested on")
     return tuple(table.corpus() for table in parts)
 
 

@@ -325,7 +325,8 @@ class Batches:
             self.most[0] = rows * length
         if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
             raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
-                             "a span of each modality; raise it, or --context")
+                             "a span of each modality; give more, a longer --context, or a "
+                             "lower --accumulate")
         self.state = self.start()
 
     def start(self):

@@ -33,8 +33,8 @@ def _opened(path, kind):
     try:
         with Image.open(path) as picture:
             yield picture
-    except (Image.DecompressionBombError, EOFError, IndexError, OSError, SyntaxError, TypeError,
-            ValueError, struct.error) as error:         # the bytes of a broken file go anywhere
+    except (Image.DecompressionBombError, EOFError, IndexError, OSError, RuntimeError, SyntaxError,
+            TypeError, ValueError, struct.error) as error:  # the bytes of a broken file go anywhere
         raise InputError(f'"{path}" cannot be read as a {kind} ({error}); '
                          "save it anew, as PNG, JPEG or GIF") from None
 

@@ -105,16 +105,17 @@ def main():
         print(" ".join(content if name == "text" else f"[{name}]" for name, content in made))
         return write(as_text(args.out or "sample.md"), write_document, made)
     name, content = given[0]
+    read = "" if name == "text" else content
     segment = (name, content if name == "text" else read_signal(name, content, system))
     kind, made = answer(system, segment, args.to, settings)
     if kind == "text":
         print(made)
         return args.out and write(as_text(args.out), lambda text, path:
-                                  path.write_text(text + "\n", encoding="utf-8"), made)
+                                  path.write_text(text + "\n", encoding="utf-8"), made, read)
     out = Path(args.out or "sample" + SUFFIX[kind])
     if kind != "image" and out.suffix.lower() != SUFFIX[kind]:
         raise InputError(f'--out: "{out}" would hold a {SUFFIX[kind]} file: name it so')
-    write(out, SAVE[kind], made)
+    write(out, SAVE[kind], made, read)
 
 
 def answer(system, segment, kind, settings):
@@ -136,14 +137,17 @@ def answer(system, segment, kind, settings):
 
 
 def as_text(path):
-    """A path for words; InputError where its name is that of a picture, sound or clip, which might
-    be the very one that was read."""
-    if Path(path).suffix.lower() in (*SUFFIX.values(), ".jpg", ".jpeg"):
+    """A path for words; InputError where its name is that of something else."""
+    if Path(path).suffix.lower() not in ("", ".txt", ".md"):
         raise InputError(f'--out: "{path}" would hold words: name it .txt or .md')
     return path
 
 
-def write(path, save, made):
+def write(path, save, made, read=""):
+    """Write a file; InputError where that fails, or where it would replace the one that was read.
+    """
+    if read and os.path.exists(path) and os.path.samefile(path, read):
+        raise InputError(f'"{path}" is the file that was read: give another --out')
     try:
         save(made, Path(path))
     except (OSError, ValueError) as error:

@@ -142,13 +142,13 @@ def train_vqvae(config, model_options, resume=False):
     outs = {kind: config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
             for kind in kinds}
     for out in filter(None, outs.values()):
-        check_folder(Path(out), "vqvae", bottleneck)
+        from_first(lambda out=out: check_folder(Path(out), "vqvae", bottleneck) and None)
     for kind, out in outs.items():
         model_config = autoencoder_config(kind, config, **{"bottleneck": "vq", **model_options})
         _, folder = train_autoencoder(kind, corpus, held_out, model_config,
                                       with_presets(config, f"vqvae-{bottleneck}",
                                                    f"vqvae-{bottleneck} {kind}"), device, name, out,
-                                      resume)
+                                      resume and kind == kinds[0])   # others may not be begun
         if rank() == 0:
             finish(folder)
 
@@ -278,8 +278,8 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     if saved:
         with trusted("checkpoint.pt"):
-            autoencoders = {kind: load_autoencoder(kept).to(device)
-                            for kind, kept in saved["autoencoders"].items()}
+            autoencoders = {kind: load_autoencoder(saved["autoencoders"][kind]).to(device)
+                            for kind in untrained}
     elif trained:
         autoencoders = trained_like(untrained, corpus, held_out, config, name, device)
     else:
@@ -319,7 +319,7 @@ def measure_speed(arch, config, model_options):
     if "image" not in corpus.signals:
         raise InputError(f"--benchmark draws pictures, and {name} has none")
     folder = folder_of(arch, setting, config, name)
-    check_folder(folder, arch, setting)
+    from_first(lambda: check_folder(folder, arch, setting) and None)
     config = with_presets(config, setting, f"{setting} {name}", config.size)
     config = dataclasses.replace(config, steps=max(config.steps, PAYS))     # so: compiled
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, None,
@@ -452,8 +452,10 @@ def check(config, given):
     if config.fsdp and "RANK" not in os.environ:
         raise InputError("--fsdp shares weights among processes; start them with: "
                          "torchrun --nproc-per-node 2 train.py ...")
-    if given["benchmark"] and (given["arch"] == "vqvae" or given["resume"]):
-        raise InputError("--benchmark is for chameleon, transfusion and mot, and without --resume")
+    if given["benchmark"] and (given["arch"] == "vqvae" or given["resume"] or config.fsdp
+                               or config.accumulate > 1):
+        raise InputError("--benchmark is for chameleon, transfusion and mot, and without --resume, "
+                         "--accumulate and --fsdp")
     for name, value in given.items():
         least = 0 if name in ("seed", "warmup") or isinstance(value, float) else 1
         if name == "time_mean" or isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -623,7 +623,9 @@ def test_pictures_of_every_kind_are_read(folder):
 
 
 def test_the_held_out_split_is_set_aside_once_and_for_all(folder):
-    write_lines(folder, [entry("1.png", str(n)) for n in range(30)])
+    for n in range(30):
+        picture().save(folder / f"{n}.png")
+    write_lines(folder, [entry(f"{n}.png", str(n)) for n in range(30)])
     train, test = corpora.folder_corpus(folder, 8)
     assert len(test.documents) == 3 and len(train.documents) == 27
     assert sorted(map(int, train.texts() + test.texts())) == list(range(30))
@@ -631,9 +633,20 @@ def test_the_held_out_split_is_set_aside_once_and_for_all(folder):
     assert (again[0].documents, again[1].documents) == (train.documents, test.documents)
 
 
+def test_all_captions_of_a_file_are_trained_on_or_none(folder):
+    for n in range(20):
+        picture().save(folder / f"{n}.png")
+    write_lines(folder, [entry(name, str(n)) for _ in range(5) for n in range(20)
+                         for name in [f"{n}.png" if n % 2 else f"./{n}.png"]])
+    train, test = corpora.folder_corpus(folder, 8)
+    assert len(train.documents) == 90 and len(test.documents) == 10
+    assert not set(train.texts()) & set(test.texts())
+
+
 def test_captions_of_any_unicode_are_read_as_they_are(folder):
     texts = ["你好", "line\u2028separator", "\x85", "\N{PILE OF POO}"]
-    write_lines(folder, [json.dumps(entry("1.png", text), ensure_ascii=False) for text in texts])
+    write_lines(folder, [json.dumps(entry(name, text), ensure_ascii=False)
+                         for name, text in zip(["1.png", "2.png"] * 2, texts)])
     train, test = corpora.folder_corpus(folder)
     assert sorted(train.texts() + test.texts()) == sorted(texts)
 

@@ -369,6 +369,19 @@ def test_half_a_thing_beside_a_whole_one_is_unreadable():
     unreadable(pictures())
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_an_edge_that_no_thing_reaches_is_not_left_out(size):
+    def pictures():
+        for rng, scene in scenes(60):
+            picture = shapes.render(scene, rng, size)
+            other = next(paint for name, paint in shapes.BACKGROUNDS.items()
+                         if name != scene.background)
+            for edge in (picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]):
+                edge[:] = np.float32(other)[:, None] / 127.5 - 1
+            yield picture
+    unreadable(pictures())
+
+
 def test_the_least_half_of_all_beside_a_whole_thing_is_unreadable():
     """The tip of a small triangle, of which a few pixels are left."""
     def pictures():

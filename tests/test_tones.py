@@ -311,6 +311,15 @@ def test_a_clip_with_a_half_or_a_quarter_of_it_zeroed_is_unreadable(silent):
     unreadable(waves())
 
 
+def test_a_loud_start_is_unreadable():
+    def waves():
+        for rng, scene in scenes(40):
+            wave = tones.render(scene, rng)
+            wave[:, :tones.WINDOW] *= 4
+            yield wave
+    unreadable(waves())
+
+
 def test_a_clip_that_fades_out_is_unreadable():
     unreadable(tones.render(scene, rng) * np.linspace(1, 0, 4096) for rng, scene in scenes(50))
 

@@ -308,7 +308,8 @@ def read(picture):
         clean &= bool(error[place].sum() <= MAX_RESIDUAL * energy)
     contrast = min(((_rgb(COLOURS, colour) - _rgb(BACKGROUNDS, name)) ** 2).sum()
                    for colour in COLOURS)
-    for place in near:                      # a third thing, or half of one, must not go unnoticed
+    edge = np.setdiff1d(np.arange(size * size), np.concatenate(near))   # which no thing reaches
+    for place in (*near, edge):             # a third thing, or half of one, must not go unnoticed
         clean &= bool(stray[place].sum() <= MAX_STRAY * contrast * least_area)
     return make_scene(name, [fit[0] for fit in fits]), clean
 

@@ -202,9 +202,9 @@ def _dictionary():
 
 def _loudness(wave):
     """(LENGTH,) -> the loudness, by the level along time; None if it is unsteady or neither."""
-    levels = np.sqrt((wave.reshape(-1, WINDOW) ** 2).mean(1))[1:]       # the first has the attack
-    level = np.median(levels)
-    if levels.min() * MAX_DRIFT < level or levels.max() > level * MAX_DRIFT:
+    levels = np.sqrt((wave.reshape(-1, WINDOW) ** 2).mean(1))
+    level = np.median(levels[1:])           # the first has the attack: it may be low, but not loud
+    if levels[1:].min() * MAX_DRIFT < level or levels.max() > level * MAX_DRIFT:
         return None
     for name, expected in LOUDNESSES.items():
         if expected / MAX_DRIFT < level < expected * MAX_DRIFT:
