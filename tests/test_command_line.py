@@ -172,6 +172,7 @@ def refused(capsys, main, *argv, place="."):
     (["vqvae", "--towers", "0,1,2,3"], "--towers"), (["vqvae", "--ema", "0.5"], "--ema"),
     (["chameleon", "--setting", "chameleon"], "--setting"), (["mot", "--fsdp"], "torchrun"),
     (["vqvae", "--benchmark"], "--benchmark"), (["mot", "--benchmark", "--resume"], "--benchmark"),
+    (["mot", "--benchmark", "--accumulate", "2"], "--benchmark"),
     (["vqvae", "--fsdp"], "--fsdp"),
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
@@ -366,6 +367,8 @@ def test_what_is_no_checkpoint_is_named_and_no_code_in_it_runs(folder, capsys, n
 @pytest.mark.parametrize("change, said", [
     ({"arch": "gpt"}, "gpt"), ({"config": {"width": 32, "unknown": 1}}, "cannot build"),
     ({"config": {"width": 64}}, "cannot build"), ({"merges": [[1]]}, "cannot build"),
+    ({"merges": [[5000, 1]]}, "cannot build"), ({"longest_text": "long"}, "cannot build"),
+    ({"mot": {"towers": [0]}}, "cannot build"),
     ({"autoencoders": {}}, "cannot build"), ({"codecs": 3}, "cannot build")])
 def test_a_checkpoint_that_was_changed_is_named(runs, tmp_path, capsys, change, said):
     saved = torch.load(runs / "mot" / "checkpoint.pt", weights_only=True)
@@ -376,7 +379,7 @@ def test_a_checkpoint_that_was_changed_is_named(runs, tmp_path, capsys, change, 
 
 @pytest.mark.parametrize("change", [
     {"arch": ["mot"]}, {"train": 3}, {"model": {}}, {"autoencoders": {"image": {}}},
-    {"optimizer": {}}])
+    {"autoencoders": {}}, {"optimizer": {}}])
 def test_a_checkpoint_that_was_changed_is_not_resumed(runs, folder, capsys, change):
     for part in ("runs", "mot"):
         shutil.copytree(runs / part, folder.parent / part)
@@ -416,6 +419,8 @@ def test_an_autoencoder_is_not_talked_to(runs, capsys, monkeypatch):
     (["mot", "--out", "pictures"], "pictures"),
     (["mot", "--out", "pictures/0.png"], "would hold words"),           # nor that:
     (["mot", "--image", "pictures/0.png", "--out", "pictures/0.png"], "would hold words"),
+    (["mot", "--image", "pictures/0.png", "--out", "mot/checkpoint.pt"], "would hold words"),
+    (["mot", "--image", "pictures/0.png", "--to", "image", "--out", "pictures/0.png"], "was read"),
     (["mot", "--image", "gone\n\x1b[31m.png"], r"gone\n\x1b[31m.png"),
     (["mot", "a prompt", "--device", "tpu"], "tpu"), ([], "run"),
     (["mot", "a prompt", "--guidence", "2"], "--guidence"),

@@ -661,13 +661,15 @@ def test_captions_of_any_unicode_are_read_as_they_are(folder):
     (entry(""), "no picture"),
     (entry("broken.png"), "broken.png"),
     (entry("cut.png"), "cut.png"),
-    (entry("empty.jpg"), "empty.jpg"),
+    (entry("empty.jpg"), "empty.jpg"), (entry("texture.png"), "texture.png"),
     (entry("metadata.jsonl"), "cannot be read as a picture"),
 ])
 def test_a_bad_line_is_named_by_file_and_number(folder, line, message):
+    dds = b"DDS " + (124).to_bytes(4, "little") + bytes(68) + (32).to_bytes(4, "little") + bytes(48)
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more of it")
     (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:60])
     (folder / "empty.jpg").write_bytes(b"")
+    (folder / "texture.png").write_bytes(dds)
     write_lines(folder, [entry("1.png"), entry("2.png"), line])
     with pytest.raises(InputError) as error:
         corpora.folder_corpus(folder)
