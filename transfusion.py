@@ -10,7 +10,8 @@ timestep embedding for each patch, loss = LM + 5 x diffusion, and guidance.
 Instead of DDPM: rectified flow (arXiv 2209.03003), logit-normal times (SD3, arXiv 2403.03206).
 Instead of noise of at most t = 0.5 on an image that stands before its caption (Table 8): none, and
 so nothing to denoise; --shown-limit 0.5 is the paper's way.
-Added: a learned place for each patch; sounds (as spectra) and clips (frame by frame).
+Added: a learned place for each patch; a larger weight for words about an image before them, of
+which reading needs every one (--reading-weight 1 is the paper's); sounds (as spectra), clips.
 Left out: U-Net patch encoders, the GAN and LPIPS of its VAE.
 
     python transfusion.py           one real batch, taken apart: seconds, no training
@@ -39,6 +40,7 @@ class TransfusionConfig:
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     patch: int = 2                  # patch side, in latents; the paper's main choice, 2 x 2
     diffusion_weight: float = 5.0   # lambda of Eq. 4
+    reading_weight: float = 5.0     # in the loss, of a word behind an image to be read; others: 1
     time_mean: float = 0.5          # of the logit of t in training; SD3's best is 0 (Table 1)
     time_std: float = 1.5           # and its deviation; SD3's best is 1
     shown_limit: float = 0.0        # most noise on an image that precedes its words; Table 8: 0.5
@@ -295,9 +297,23 @@ class Transfusion(nn.Module):
         """1 for spans (N,) that the diffusion loss counts, 0 for padding and for what is clean."""
         return batch.real[kind] if self.limit else batch.real[kind] * ~batch.shown[kind]
 
+    def weights(self, batch):
+        """What each target of text counts in the loss: 0 where there is none; (text positions,).
+
+        It depends on where a target stands, not on what it is: the best prediction stays the same.
+        """
+        shown = [torch.zeros_like(batch.order[:batch.sizes[0]], dtype=torch.bool)]
+        for flags, n in zip(batch.shown, self.span_lengths):
+            shown.append(flags.repeat_interleave(n))
+        shown = torch.cat(shown)[batch.inverse].view(batch.tokens.shape)            # (B, T)
+        mask = attention_mask(batch.span, batch.document)[:, 0]
+        reading = (mask & shown[:, None]).any(-1)                                   # may look at it
+        words = torch.where(reading, self.config.reading_weight, 1.0) * (batch.targets >= 0)
+        return words.flatten()[batch.order[:batch.sizes[0]]]
+
     def totals(self, batch):
-        """What the loss divides by: targets of text, and patches of the rest -> (2,)."""
-        text = (batch.targets.flatten()[batch.order[:batch.sizes[0]]] >= 0).sum()
+        """What the loss divides by: the weight of all words, and patches of the rest -> (2,)."""
+        text = self.weights(batch).sum()
         patches = sum(batch.real[kind].sum() * self.span_lengths[kind]
                       for kind, shape in enumerate(self.layout.shapes) if shape)
         return torch.stack([text, text * 0 + patches]).float()      # a tensor without spans, too
@@ -320,7 +336,8 @@ class Transfusion(nn.Module):
         targets = batch.targets.flatten()[batch.order[:batch.sizes[0]]]
         logits = self.head(by_modality[0]).float()                         # (text positions, ids)
         error = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-        loss, counted = error.sum() / totals[0], (targets >= 0).float()
+        loss = (error * self.weights(batch)).sum() / totals[0]
+        counted = (targets >= 0).float()
         said = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         right = (said == logits.amax(-1)).float()               # an argmax is slower
         parts = {"text": average(error.detach(), counted), "text_accuracy": average(right, counted)}
