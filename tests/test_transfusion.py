@@ -1,5 +1,6 @@
 """transfusion.py: its mask, its noise and its cache against loops; generation against no cache."""
 
+import dataclasses
 import math
 
 import pytest
@@ -166,23 +167,28 @@ def noised_patches(batch, kind):
     return int((batch.real[kind] * ~batch.shown[kind]).sum()) * small.POSITIONS[kind]
 
 
-def test_the_loss_is_next_token_plus_five_times_diffusion_where_a_clean_patch_adds_nothing(model):
-    for weight, same in ((5.0, model), (2.0, small.model("transfusion", diffusion_weight=2.0))):
-        loss, parts = same.loss(batch := pack(spans=small.PADDED))
+def test_the_loss_is_next_token_plus_five_times_diffusion_where_a_clean_patch_adds_nothing():
+    for weight, options in ((5.0, {}), (2.0, {"diffusion_weight": 2.0})):
+        model = small.model("transfusion", reading_weight=1.0, **options)
+        loss, parts = model.loss(batch := pack(spans=small.PADDED))
         diffusion = sum(noised_patches(batch, kind) * parts[data.MODALITIES[kind]]
                         for kind in KINDS)
         patches = sum(int(batch.real[kind].sum()) * small.POSITIONS[kind] for kind in KINDS)
         torch.testing.assert_close(loss, parts["text"] + weight * diffusion / patches)
 
 
-def test_the_text_loss_against_a_loop_over_positions(model, by_hand):
+@pytest.mark.parametrize("reading", [1.0, 5.0])
+def test_the_text_loss_against_a_loop_over_positions(by_hand, reading):
+    """Words behind a span that opens their document weigh more in the loss, not in what is shown.
+    """
+    model = small.model("transfusion", reading_weight=reading, diffusion_weight=0.0)
     batch = pack(spans=small.PADDED)
     loss, parts = model.loss(batch)
     noisy = tuple(None if x is None else by_hand.pop(0)[2] for x in batch.signals)
     limited = [x if x is None else torch.where(shown, 0.0, 0.8)
                for x, shown in zip(batch.signals, batch.shown)]
     logits = model.head(model(batch._replace(signals=noisy), limited)).double()
-    errors, right = [], []
+    errors, right, weights = [], [], []
     for b in range(2):
         for i in range(small.LENGTH):
             last = i == small.LENGTH - 1
@@ -191,6 +197,13 @@ def test_the_text_loss_against_a_loop_over_positions(model, by_hand):
             if same and following != LAYOUT.pad and batch.modality[b, i] == 0:
                 errors.append(-logits[b, i].log_softmax(-1)[following])
                 right.append(float(logits[b, i].argmax() == following))
+                row, start = small.ROWS[b], int(batch.document[b, i]) - 1
+                opens = row[start][0][0] != "text" and len(row[start]) > 1
+                first = (batch.document[b] == start + 1).nonzero()[0].item()
+                weights.append(reading if opens and i > first + 1 else 1.0)
+    expected = sum(w * error for w, error in zip(weights, errors)).item() / sum(weights)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert set(weights) == {1.0, reading}
     assert parts["text"].item() == pytest.approx(sum(errors).item() / len(errors), rel=1e-5)
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
 
@@ -208,6 +221,7 @@ def test_a_velocity_that_is_off_by_c_costs_c_squared(model, by_hand, off, expect
 
     for kind in KINDS:
         model.patch_out[str(kind)] = Exact(kind)
+    model.config = dataclasses.replace(model.config, reading_weight=1.0)
     loss, parts = model.loss(batch := pack(spans=small.PADDED))
     assert [parts[data.MODALITIES[kind]].item() for kind in KINDS] == [expected] * 3
     noised = sum(noised_patches(batch, kind) for kind in KINDS) / model.totals(batch)[1].item()
