@@ -37,6 +37,12 @@ def join_processes():
         FAST_BF16["cpu"] = from_first(lambda: fast_bf16(cpu))
 
 
+def leave_processes():
+    """Its threads end here: one that still runs when Python ends may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank():
     """This process's number, 0 where it is alone: the one that writes."""
     return dist.get_rank() if dist.is_initialized() else 0

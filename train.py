@@ -41,7 +41,8 @@ from checkpoints import (check_folder, load_autoencoder, load_checkpoint, made_w
                          packed, save_checkpoint, trusted, write_json, writing)
 from corpora import EXAMPLES, folder_corpus, toy_corpus
 from data import MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows
-from machine import FAST_BF16, from_first, join_processes, pick_device, rank, world
+from machine import (FAST_BF16, from_first, join_processes, leave_processes, pick_device, rank,
+                     world)
 from sample import Parser, run, write_document
 from system import MODELS, Codecs, System, build, layout_of
 from trainer import PAYS, Trainer, facts
@@ -484,12 +485,15 @@ def check(config, given):
 def main():
     config, model_options, given = arguments(sys.argv[1:])
     join_processes()
-    if given["benchmark"]:
-        measure_speed(given["arch"], config, model_options)
-    elif given["arch"] == "vqvae":
-        train_vqvae(config, model_options, given["resume"])
-    else:
-        train_transformer(given["arch"], config, model_options, given)
+    try:
+        if given["benchmark"]:
+            measure_speed(given["arch"], config, model_options)
+        elif given["arch"] == "vqvae":
+            train_vqvae(config, model_options, given["resume"])
+        else:
+            train_transformer(given["arch"], config, model_options, given)
+    finally:
+        leave_processes()
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def main():
     batches = torch.load("pictures.pt")
     kept["codebook"] = codebook_of([batch.chunk(2)[rank] for batch in batches], rank)
     torch.save(kept, f"kept-{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def begin_commands(tmp_path_factory):
