@@ -268,10 +268,7 @@ class Chameleon(nn.Module):
 
         It depends on where a target stands, not on what it is: the best prediction stays the same.
         """
-        shown = [torch.zeros_like(batch.order[:batch.sizes[0]], dtype=torch.bool)]
-        for flags, n in zip(batch.shown, self.span_lengths):
-            shown.append(flags.repeat_interleave(n))
-        shown = torch.cat(shown)[batch.inverse].view(batch.tokens.shape)            # (B, T)
+        shown = batch.shown_positions(self.span_lengths)                            # (B, T)
         reading = (attention_mask(batch.document)[:, 0] & shown[:, None]).any(-1)   # may look at it
         words = torch.where(reading, self.config.reading_weight, 1.0)
         codes = torch.where(F.pad(shown[:, 1:], (0, 1)), self.config.shown_weight, 1.0)

@@ -209,6 +209,12 @@ class Batch(NamedTuple):
         return Batch(*(tuple(_to(x, device) for x in field) if isinstance(field, tuple)
                        else _to(field, device) for field in self))
 
+    def shown_positions(self, positions):
+        """(B, T) bool: of the spans that `shown` names. positions: of one span, by modality."""
+        flags = [torch.zeros_like(self.order[:self.sizes[0]], dtype=torch.bool)]
+        flags += [shown.repeat_interleave(n) for shown, n in zip(self.shown, positions)]
+        return torch.cat(flags)[self.inverse].view(self.tokens.shape)
+
 
 def _to(x, device):
     if not isinstance(x, torch.Tensor):
