@@ -220,8 +220,8 @@ def _to(x, device):
     if not isinstance(x, torch.Tensor):
         return x
     if torch.device(device).type == "cuda":
-        x = x.pin_memory()              # or the copy would wait
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)     # or the copy would wait
+    return x.to(device)
 
 
 def tokenize(document, tokenizer):
@@ -252,6 +252,7 @@ def good_length(lengths, fill=0.9, step=32):
 
 LONG = 256          # positions; the cost of attention grows with the square of a row's length, so
                     # longer documents have rows of their own
+LONGEST = 4096      # positions that a row has at most, unless --context says otherwise
 
 
 class Rows(NamedTuple):
@@ -265,10 +266,12 @@ def plan_rows(corpus, tokenizer, positions, count, length=0):
     many positions in all. length: of a row; 0: a good one. InputError where a document is longer.
     """
     lengths = [measure(tokenize(document, tokenizer), positions) for document in corpus.documents]
-    if length and max(lengths) > length:
-        text = corpus.documents[int(np.argmax(lengths))][0][1]
-        raise InputError(f"a document needs {max(lengths)} positions, a sequence has {length}: "
-                         f'shorten its text ("{str(text)[:50]}...") or raise --context')
+    if max(lengths) > (length or LONGEST):
+        document = corpus.documents[int(np.argmax(lengths))]
+        text = max((content for name, content in document if name == "text"), key=len, default="")
+        raise InputError(f"a document needs {max(lengths)} positions, a sequence has "
+                         f'{length or LONGEST}: shorten its text ("{text[:50]}...") or raise '
+                         "--context")
     if length:
         return [Rows(corpus, count, length)]
     plans = []
@@ -325,15 +328,28 @@ class Batches:
         lengths = [measure(document, positions) for group in self.documents for document in group]
         count = filled / np.mean(lengths)           # documents of a batch, in the corpus's shares
         means = count * np.average(self.makeups, axis=0, weights=list(map(len, self.documents)))
-        self.most = [math.ceil(mean) for mean in means]     # words alone, then spans of each kind
+        self.most = self.affordable([math.ceil(mean) for mean in means])
         self.spans = [0, *self.most[1:]]
         if not any(self.spans):             # then there is nothing to keep room for
             self.most[0] = rows * length
-        if sum(n * (p + 4) for n, p in zip(self.spans, positions)) > rows * length:
-            raise InputError(f"--batch-size {rows}: {rows} rows of {length} positions cannot hold "
-                             "a span of each modality; give more, a longer --context, or a "
-                             "lower --accumulate")
         self.state = self.start()
+
+    def affordable(self, most):
+        """How many documents of words alone, and spans of each kind, a batch shall have -> the same
+        or less: beside whatever document comes first, the others must still find room."""
+        least = list(map(max, zip(*self.makeups)))      # or some document would never find any
+        most, size = list(map(max, most, least)), self.rows * self.length
+        longest = [max(measure(document, self.positions) for document in group)
+                   for group in self.documents]
+        while any(need + sum((m - count) * p for m, count, p in zip(most, makeup, self.positions))
+                  > size for makeup, need in zip(self.makeups, longest)):
+            kind = max(range(1, len(most)), key=lambda kind: most[kind] - least[kind])
+            if most[kind] == least[kind]:
+                raise InputError(f"{self.rows} rows of {self.length} positions cannot hold a span "
+                                 "of each modality: give a larger --batch-size, a longer "
+                                 "--context, or a lower --accumulate")
+            most[kind] -= 1
+        return most
 
     def start(self):
         """The state before the first batch: by make-up, how many were drawn, and who waits."""
@@ -396,8 +412,7 @@ class Batches:
                 document = self.draw(makeup, queue[place])
                 need = measure(document, self.positions)
                 fitting = [f for f in free if f >= need]
-                # the first one always goes in, or one that leaves too little would wait for ever
-                if fitting and (total - need >= reserved or not any(rows)):
+                if fitting and total - need >= reserved:
                     break
                 place += 1
             else:

@@ -332,20 +332,37 @@ def test_every_document_is_drawn_once_an_epoch_and_packed_or_held_back():
     assert sorted(count) == [full] * (150 - more) + [full + 1] * more
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_a_document_that_leaves_less_room_than_others_need_is_drawn_too(rows):
-    """However few rows a batch has: no document waits for ever, and no batch is empty."""
+    """However few rows a batch has: no document waits for ever, no batch is empty, and all have the
+    same shapes."""
     texts = ["ab"] * 30 + ["a" * 24] * 2
     documents = [[("text", text), ("image", n)] for n, text in enumerate(texts)]
     batches = data.Batches(data.Corpus(documents, {}), small.TOKENIZER, small.LAYOUT["transfusion"],
                            small.signals("transfusion", len(texts)), small.POSITIONS, rows, 32,
                            read=0.0, drop=0.0)
-    seen = collections.Counter()
-    while sum(seen.values()) < 2 * len(texts):
-        drawn = [document for row in batches.fill() for document in row]
-        assert drawn
-        seen.update(document[1][1] for document in drawn)
-    assert len(seen) == len(texts) and max(seen.values()) <= 3
+    seen, shapes = collections.Counter(), set()
+    while sum(seen.values()) < 3 * len(texts):
+        batch = next(batches)
+        shapes.add(shape_of(tuple(batch)))
+        count = int(batch.real[IMAGE].sum())
+        assert count
+        seen.update(batch.signals[IMAGE].flatten(1)[:count, 0].tolist())
+    assert len(seen) == len(texts) and max(seen.values()) <= 4 and len(shapes) == 1
+
+
+def test_a_document_of_two_spans_is_drawn_where_a_batch_has_less_than_one_on_average():
+    texts = [[("text", "ab"), ("image", 0), ("image", 1)]] + [[("text", "a" * 20)]] * 20
+    batches = data.Batches(data.Corpus(texts, {}), small.TOKENIZER, small.LAYOUT["transfusion"],
+                           small.signals("transfusion", 2), small.POSITIONS, 1, 32)
+    assert any(next(batches).real[IMAGE].sum() == 2 for _ in range(60))
+
+
+def test_rows_that_cannot_hold_what_every_batch_must_are_refused():
+    documents = [[("text", "a"), ("image", 0)], [("text", "a" * 28)]]
+    with pytest.raises(data.InputError, match="cannot hold a span of each modality"):
+        data.Batches(data.Corpus(documents, {}), small.TOKENIZER, small.LAYOUT["transfusion"],
+                     small.signals("transfusion", 1), small.POSITIONS, 1, 32)
 
 
 def test_streams_go_on_in_turn_when_a_batch_has_other_parts():
