@@ -24,6 +24,7 @@ from checkpoints import (
     make_folder,
     packed,
     save_checkpoint,
+    trusted,
     write_json,
 )
 from data import InputError, to_signal
@@ -71,14 +72,16 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         kept = {}
     if kept and "stream" not in kept:
         say(f"autoencoder: {folder} (trained before)")
-        return load_autoencoder(kept["autoencoder"]).to(device), folder
+        with trusted(path):
+            return load_autoencoder(kept["autoencoder"]).to(device), folder
     begun, config = time.time(), dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
     torch.manual_seed(config.seed)
     batches = Signals(stored, parts_of(config), config.seed, as_picture)
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)
     if kept:
-        FAST_BF16.update(kept["bf16"])
-        trainer.resume(kept)
+        with trusted(path):
+            FAST_BF16.update(kept["bf16"])
+            trainer.resume(kept)
         say(f"autoencoder: {folder} goes on from step {trainer.step}")
     else:
         from_first(lambda: make_folder(folder))
@@ -112,7 +115,6 @@ def train_and_save(trainer, shown, kind, about):
              f"{folder.name}: reconstructions, step {trainer.step}")
     trainer.train(f"autoencoder ({kind}, {model.config.bottleneck})", save,
                   max(1, trainer.config.steps // 4), progress, how="the same command again")
-    save()                          # with which it goes on here, if it stops before it is scored
 
 
 def write_results(trainer, shown, report, about):

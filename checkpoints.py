@@ -46,9 +46,9 @@ def make_folder(folder):
 
 
 def check_folder(folder, arch, setting):
-    """The checkpoint that a run's folder holds, or None. InputError where the folder could not be
-    written, or holds a run of another kind: said before the work, not after."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    """InputError where a run's folder could not be written, or holds a run of another kind: said
+    before the work, not after."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     with writing(folder):
         tempfile.TemporaryDirectory(dir=there).cleanup()
     if not (folder / "checkpoint.pt").is_file():
@@ -57,17 +57,16 @@ def check_folder(folder, arch, setting):
                                                                  for name in ours):
             raise InputError(f'--out: "{folder}" holds other files than those of a run; '
                              "give a folder of its own")
-        return None
+        return
     kept = load_checkpoint(folder)
     if (kept["arch"], kept["setting"]) != (arch, setting):
         raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} ({kept["setting"]}), '
                          "which this one would overwrite; give another --out, or remove it")
-    return kept
 
 
 def save_checkpoint(path, contents):
     """Written beside and renamed, so that a run that dies while saving leaves the old one whole."""
-    new = path.with_suffix(".new")
+    new = path.with_suffix(f".{os.getpid()}.new")       # two runs may make one autoencoder at once
     try:
         with open(new, "wb") as file:
             torch.save(contents, file)
@@ -106,7 +105,9 @@ def load_checkpoint(path):
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f'there is no checkpoint "{path}"; train one with: python train.py mot')
-    if not zipfile.is_zipfile(path):        # as torch.save writes them
+    with open(path, "rb") as file:
+        is_zip = zipfile.is_zipfile(file)           # as torch.save writes them
+    if not is_zip:
         raise InputError(f'"{path}" is not a checkpoint, or cut short; {ANOTHER}')
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -16,10 +16,16 @@ from data import InputError
 
 def pick_device(name):
     """auto, cpu, cuda or mps -> torch.device; InputError where the machine has none such."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # of torchrun, on this machine
     available = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
+                 "mps": torch.backends.mps.is_available() and processes == 1}   # gloo has no mps
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if name == "mps" and processes > 1:
+        raise InputError("--device mps: several processes train on cpu or cuda alone")
+    if name == "cuda" and processes > torch.cuda.device_count() > 0:
+        raise InputError(f"--device cuda: this machine has {torch.cuda.device_count()} for "
+                         f"{processes} processes; start as many processes, or give --device cpu")
     if not available[name]:
         raise InputError(f"--device {name}: this machine has none that torch can use; "
                          "try --device auto")
@@ -30,7 +36,7 @@ def join_processes():
     """Under torchrun: join the other processes, each with a device of its own where there are GPUs.
     """
     if "RANK" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():       # else: pick_device
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         cpu = torch.device("cpu")       # measured: all shall do as the first one does

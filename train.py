@@ -113,7 +113,7 @@ def name_of(data):
     """--data -> what its runs are called."""
     if data in EXAMPLES:
         return data
-    name = re.sub(r"\W+", "-", Path(data).resolve().name)
+    name = re.sub(r"\W+", "-", Path(os.path.realpath(data)).name)
     return f"{name}-folder" if name in EXAMPLES else name
 
 
@@ -143,7 +143,7 @@ def train_vqvae(config, model_options, resume=False):
     outs = {kind: config.out and (config.out if len(kinds) == 1 else f"{config.out}/{kind}")
             for kind in kinds}
     for out in filter(None, outs.values()):
-        from_first(lambda out=out: check_folder(Path(out), "vqvae", bottleneck) and None)
+        from_first(lambda out=out: check_folder(Path(out), "vqvae", bottleneck))
     for kind, out in outs.items():
         model_config = autoencoder_config(kind, config, **{"bottleneck": "vq", **model_options})
         _, folder = train_autoencoder(kind, corpus, held_out, model_config,
@@ -186,9 +186,9 @@ def train_transformer(arch, config, model_options, given):
     begun, setting = time.time(), config.setting if arch == "mot" else arch
     device, name = pick_device(config.device), name_of(config.data)
     folder = folder_of(arch, setting, config, name)
-    kept, saved = from_first(lambda: check_folder(folder, arch, setting)), None
-    if given["resume"]:
-        saved = kept or from_first(lambda: load_checkpoint(folder))
+    from_first(lambda: check_folder(folder, arch, setting))
+    saved = from_first(lambda: load_checkpoint(folder)) if given["resume"] else None
+    if saved:
         with trusted(folder):
             config, model_options = as_before(saved, config, model_options, given, folder)
     config = with_presets(config, setting, f"{setting} {name}", config.size)
@@ -199,7 +199,8 @@ def train_transformer(arch, config, model_options, given):
                          "holds now; give the same data, or another --out")
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, held_out,
                                             name, device, saved)
-    about["digest"] = digest
+    about["digest"], tokenizer = digest, Tokenizer(about["merges"])
+    told = share_of_stories(batches, tokenizer) if held_out is None else 0.0
     trainer = Trainer(model, batches, config, device, folder, sharded=config.fsdp)
     if saved:
         with trusted(folder):
@@ -207,9 +208,7 @@ def train_transformer(arch, config, model_options, given):
     else:
         from_first(lambda: make_folder(folder))
     trainer.compile()
-    system = System(trainer.sampler, codecs, Tokenizer(about["merges"]), device,
-                    about["longest_text"])
-    told = share_of_stories(batches, system.tokenizer) if held_out is None else 0.0
+    system = System(trainer.sampler, codecs, tokenizer, device, about["longest_text"])
 
     def progress():
         (folder / "progress").mkdir(exist_ok=True)
@@ -223,7 +222,6 @@ def train_transformer(arch, config, model_options, given):
 
     called = f"{arch} ({setting})" if arch == "mot" else arch
     trainer.train(called, save, max(1, config.steps // 4), progress)
-    save()
     if rank() == 0:                     # what is left, the first process does alone
         report = {"arch": arch, "setting": setting, "data": name, **facts(trainer)}
         report |= (scores.score_toys(system, config.cases, stories_share=told)
@@ -320,7 +318,7 @@ def measure_speed(arch, config, model_options):
     if "image" not in corpus.signals:
         raise InputError(f"--benchmark draws pictures, and {name} has none")
     folder = folder_of(arch, setting, config, name)
-    from_first(lambda: check_folder(folder, arch, setting) and None)
+    from_first(lambda: check_folder(folder, arch, setting))
     config = with_presets(config, setting, f"{setting} {name}", config.size)
     config = dataclasses.replace(config, steps=max(config.steps, PAYS))     # so: compiled
     model, batches, codecs, about = prepare(arch, setting, config, model_options, corpus, None,
@@ -397,6 +395,8 @@ def arguments(argv):
     """The command line -> (TrainConfig, model options that were given, all that was given)."""
     names = ("vqvae", "chameleon", "transfusion", "mot")
     arch = argv[0] if argv and argv[0] in names else None
+    if not arch and set(argv) & set(names):
+        raise InputError("the architecture comes first, then its options: python train.py mot ...")
     # what decides the other options and their defaults
     early = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     for name, default in (("setting", "transfusion"), ("bottleneck", "vq"), ("data", "shapes"),

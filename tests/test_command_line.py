@@ -148,7 +148,8 @@ def refused(capsys, main, *argv, place="."):
 
 
 @pytest.mark.parametrize("argv, named", [
-    (["mott"], "mott"), ([], "arch"), (["mot", "--stesp", "5"], "--stesp"),
+    (["mott"], "mott"), ([], "arch"), (["--width", "64", "mot"], "comes first"),
+    (["mot", "--stesp", "5"], "--stesp"),
     (["mot", "--steps", "many"], "many"), (["mot", "--step", "5"], "--step"),
     (["mot", "--steps", "0"], "--steps"), (["mot", "--batch-size", "0"], "--batch-size"),
     (["vqvae", "--steps", "-3"], "--steps"), (["mot", "--cases", "0"], "--cases"),
@@ -156,7 +157,8 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--size", "huge"], "huge"), (["mot", "--device", "tpu"], "tpu"),
     (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
     (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
-    (["mot", "--data", "gone"], "gone"), (["mot", "--seed", "-1"], "--seed"),
+    (["mot", "--data", "gone"], "gone"), (["mot", "--data", "loop"], "loop"),
+    (["mot", "--seed", "-1"], "--seed"),
     (["mot", "--seed", "12345"], "scores are measured"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
     (["vqvae", "--channels", "1"], "--channels"), (["mot", "--seed", str(2 ** 63)], "--seed"),
@@ -176,6 +178,7 @@ def refused(capsys, main, *argv, place="."):
     (["vqvae", "--fsdp"], "--fsdp"),
 ])
 def test_what_the_command_line_cannot_be_is_named(folder, capsys, argv, named):
+    (folder.parent / "loop").symlink_to("loop")
     # a folder and few steps matter only where a bad option is let through
     brief = ["--data", folder, "--steps", 1] + (FEW if argv[:1] != ["vqvae"] else [])
     assert named in refused(capsys, train.main, *argv[:1], *(brief if argv else []), *argv[1:])
@@ -188,6 +191,21 @@ def test_a_device_that_is_not_there_is_named(folder, capsys, device):
     for arch in ("mot", "vqvae"):
         sentence = refused(capsys, train.main, arch, "--data", folder, "--device", device)
         assert f"--device {device}" in sentence
+
+
+def test_several_processes_need_a_gpu_each_and_no_mps(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.pick_device("auto").type == "cpu"
+    with pytest.raises(data.InputError, match="--device mps: several processes"):
+        machine.pick_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("auto", "cuda"):
+        with pytest.raises(data.InputError, match="has 1 for 2 processes"):
+            machine.pick_device(name)
+    assert machine.pick_device("cpu").type == "cpu"
 
 
 def test_a_folder_without_pictures_is_named(folder, capsys):
@@ -568,6 +586,17 @@ def test_an_autoencoder_is_reused_for_the_same_pictures_alone(runs, folder, plai
     call(train.main, *argv)
     assert kept.stat().st_mtime_ns == written
     assert len(list(Path("runs").glob("vqvae-kl-*"))) == 2
+
+
+def test_an_autoencoder_that_was_changed_is_named(runs, folder, capsys):
+    shutil.copytree(runs / "runs", folder.parent / "runs")
+    kept = next(Path("runs").glob("vqvae-kl-*")) / "checkpoint.pt"
+    saved = torch.load(kept, weights_only=True)
+    for change in ({"autoencoder": {}}, {"stream": {}}):
+        torch.save({**saved, **change}, kept)
+        sentence = refused(capsys, train.main, "mot", "--data", "pictures", "--out", "mot",
+                           "--steps", 1, *BRIEF)
+        assert str(kept) in sentence and "cannot build" in sentence
 
 
 @every_system
