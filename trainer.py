@@ -77,6 +77,8 @@ class Trainer:
         if self.sharded:
             say("--fsdp: running uncompiled")
             return
+        if self.device.type == "mps":
+            return
         if not compiler_exists(self.device):
             say("no compiler found (g++ or clang++): running uncompiled, which is slower")
             return
@@ -147,9 +149,9 @@ class Trainer:
         return {**losses, "gradient_norm": norm}
 
     def train(self, title, save, every=0, at_each=None, how="the same command and --resume"):
-        """Run to the last step; `save()` once a minute and every `save_every` steps, `at_each()`
-        every `every` steps but the last. Ctrl-C and SIGTERM finish the step, save, and raise
-        KeyboardInterrupt, which says `how` to go on.
+        """Run to the last step; `save()` there, once a minute and every `save_every` steps,
+        `at_each()` every `every` steps but the last. Ctrl-C and SIGTERM finish the step, save, and
+        raise KeyboardInterrupt, which says `how` to go on.
         """
         self.model.train()
         recent, last_save = [], time.time()
@@ -157,33 +159,36 @@ class Trainer:
                    encoding="utf-8") as log, Asked() as to_stop,
               tqdm(total=self.config.steps, initial=self.step, desc=title, unit="step",
                    mininterval=1, dynamic_ncols=True, disable=rank() > 0) as bar):
+            start = time.monotonic()
             while self.step < self.config.steps:
-                start = time.time()
                 recent.append(self.train_step())
-                self.seconds += time.time() - start
                 bar.update()
                 stopping, late = any_of(to_stop, time.time() - last_save > 60)
-                saving = stopping or late or self.step % self.config.save_every == 0
-                logging = self.step % self.log_every == 0 or self.step == self.config.steps
+                last = self.step == self.config.steps
+                saving = last or stopping or late or self.step % self.config.save_every == 0
+                logging = last or self.step % self.log_every == 0
                 if (saving or logging) and self.failed:                 # seen before it is saved
                     self.explain(recent)
                 if logging:
-                    row, recent = as_numbers(merged(recent)), []
+                    row, recent = as_numbers(merged(recent)), []        # waits for the device
+                self.seconds, start = self.seconds + time.monotonic() - start, time.monotonic()
+                if logging:
                     log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
                     log.flush()
                     bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
-                if every and self.step % every == 0 and self.step < self.config.steps:
-                    self.gather()
-                    if rank() == 0:
-                        at_each()
-                        if self.sharded:
-                            self.sampler.to("cpu")
                 if saving:
                     save()
                     last_save = time.time()
                 if stopping:
                     raise KeyboardInterrupt(f"stopped at step {self.step}; to go on, give {how}")
+                if every and self.step % every == 0 and not last:
+                    self.gather()
+                    if rank() == 0:
+                        at_each()
+                        if self.sharded:
+                            self.sampler.to("cpu")
+                start = time.monotonic()
         self.model.eval()
         self.gather()
 
@@ -307,8 +312,11 @@ def merged(rows):
     if len(rows) == 1:
         return rows[0]
     names = dict.fromkeys(name for row in rows for name in row)     # some may lack a modality
-    return {name: torch.stack([row[name].float() for row in rows if name in row]).nanmean()
-            for name in names}
+    stacks = {name: torch.stack([row[name].float() for row in rows if name in row])
+              for name in names}
+    sound = stacks["loss"].isfinite().all()     # then nan is a level of noise that none had
+    return {name: torch.where(sound, stack.nanmean(), stack.mean())
+            for name, stack in stacks.items()}
 
 
 def as_numbers(losses):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from checkpoints import load_checkpoint
 
-KILLS, STEPS = 30, 400
+KILLS, STEPS = 30, 600
 OPTIONS = ["--data", "pictures", "--autoencoder-steps", "5", "--cases", "4", "--batch-size", "4",
            "--save-every", "3", "--steps", str(STEPS)]
 
@@ -51,6 +51,7 @@ def main():
         while process.poll() is None and not (path.is_file() and path.stat().st_mtime_ns > before):
             time.sleep(0.01)            # until it has saved once more; then at any moment
         time.sleep(chance.uniform(0, 0.5))
+        assert process.poll() is None, f"the run ended before kill {kill + 1}: give it more STEPS"
         process.kill()
         process.wait()
         before, step = step, load_checkpoint("killed")["step"]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -234,14 +235,22 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_as_if_it_never
     assert json.loads(expected[-1])["lr"] == again.learning_rate()
 
 
-def test_the_term_that_is_not_finite_is_named(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_term_that_is_not_finite_is_named(tmp_path, accumulate):
     run = small_trainer("chameleon", tmp_path, seed=0)
-    run.loss = lambda batch, totals: (lambda loss, parts: (loss + math.inf, {
-        **parts, "log_z_squared": torch.tensor(math.inf), "image_noise_0": torch.tensor(math.nan),
-    }))(*run.model.loss(batch, totals))
+    run.config = dataclasses.replace(run.config, accumulate=accumulate)
+    calls = itertools.count()
+
+    def broken(batch, totals):
+        loss, parts = run.model.loss(batch, totals)
+        if next(calls):                 # the first part alone is broken
+            return loss, {**parts, "image_noise_0": torch.tensor(0.5)}
+        return loss + math.nan, {**parts, "log_z_squared": torch.tensor(math.nan),
+                                 "image_noise_0": torch.tensor(math.nan)}
+    run.loss = broken
     with pytest.raises(data.InputError) as stopped:
         run.train("a run", lambda: None)
-    assert "(log_z_squared inf" in str(stopped.value) and "noise" not in str(stopped.value)
+    assert "(log_z_squared nan" in str(stopped.value) and "noise" not in str(stopped.value)
 
 
 def test_a_log_whose_last_row_is_torn_is_gone_on_with(tmp_path):
@@ -265,11 +274,11 @@ def test_a_second_signal_stops_at_once(tmp_path):
         run.train("a run", lambda: pytest.fail("in the middle of a step"))
 
 
-def test_it_saves_every_so_many_steps(tmp_path):
+def test_it_saves_every_so_many_steps_and_at_the_end(tmp_path):
     run, saved = small_trainer("chameleon", tmp_path, seed=0), []
     run.config = dataclasses.replace(run.config, save_every=3)
     run.train("a run", lambda: saved.append(run.step))
-    assert saved == [3, 6]
+    assert saved == [3, 6, 8]
 
 
 @contextlib.contextmanager
