@@ -361,7 +361,7 @@ class Transfusion(nn.Module):
     # --- generate -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, prompt, size, spans=1, steps=25, guidance=2.0, temperature=0.0):
+    def generate(self, prompt, size, spans=1, steps=16, guidance=1.5, temperature=0.0):
         """Go on with each row, which itself switches between next tokens and diffusion (Sec. 3).
 
         prompt: a batch with one open document a row, latents clean. size: most positions of a row.
