@@ -93,7 +93,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
            "chameleon all": {"steps": 12_000, "batch_size": 10, "weight_decay": 0.1},
            "small": {"lr": 2e-3},
-           "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000}}
+           "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
 
