@@ -344,7 +344,7 @@ class Codec:
 
 
 def code_usage(codes, K):
-    """Codes (...) seen over an epoch -> (perplexity, share of the K codes that occur at all)."""
+    """Codes (...) of many signals -> (perplexity, share of the K codes that occur at all)."""
     share = torch.bincount(codes.flatten(), minlength=K).float() / codes.numel()
     perplexity = torch.special.entr(share).sum().exp()
     return perplexity.item(), (share > 0).float().mean().item()
