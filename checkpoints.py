@@ -45,9 +45,9 @@ def make_folder(folder):
         (folder / "metrics.jsonl").write_text("", encoding="utf-8")
 
 
-def check_folder(folder, arch, setting):
+def check_folder(folder, arch, setting, resume=False):
     """InputError where a run's folder could not be written, or holds a run of another kind: said
-    before the work, not after."""
+    before the work, not after. With `resume` -> the checkpoint that it must hold."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     with writing(folder):
         tempfile.TemporaryDirectory(dir=there).cleanup()
@@ -57,11 +57,13 @@ def check_folder(folder, arch, setting):
                                                                  for name in ours):
             raise InputError(f'--out: "{folder}" holds other files than those of a run; '
                              "give a folder of its own")
-        return
+        if not resume:
+            return None
     kept = load_checkpoint(folder)
     if (kept["arch"], kept["setting"]) != (arch, setting):
         raise InputError(f'--out: "{folder}" holds a run of {kept["arch"]} ({kept["setting"]}), '
                          "which this one would overwrite; give another --out, or remove it")
+    return kept if resume else None
 
 
 def save_checkpoint(path, contents):
@@ -106,9 +108,8 @@ def load_checkpoint(path):
     if not path.is_file():
         raise InputError(f'there is no checkpoint "{path}"; train one with: python train.py mot')
     with open(path, "rb") as file:
-        is_zip = zipfile.is_zipfile(file)           # as torch.save writes them
-    if not is_zip:
-        raise InputError(f'"{path}" is not a checkpoint, or cut short; {ANOTHER}')
+        if not zipfile.is_zipfile(file):        # as torch.save writes them
+            raise InputError(f'"{path}" is not a checkpoint, or cut short; {ANOTHER}')
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

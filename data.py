@@ -325,22 +325,21 @@ class Batches:
         self.orders, self.spans, self.most, self.state = {}, None, None, self.start()
         trials = [document for _ in range(16) for row in self.fill() for document in row]
         filled = sum(measure(document, positions) for document in trials) / 16
-        lengths = [measure(document, positions) for group in self.documents for document in group]
-        count = filled / np.mean(lengths)           # documents of a batch, in the corpus's shares
+        lengths = [[measure(document, positions) for document in group] for group in self.documents]
+        count = filled / np.mean(sum(lengths, []))  # documents of a batch, in the corpus's shares
         means = count * np.average(self.makeups, axis=0, weights=list(map(len, self.documents)))
-        self.most = self.affordable([math.ceil(mean) for mean in means])
+        self.most = self.affordable([math.ceil(mean) for mean in means], list(map(max, lengths)))
         self.spans = [0, *self.most[1:]]
         if not any(self.spans):             # then there is nothing to keep room for
             self.most[0] = rows * length
         self.state = self.start()
 
-    def affordable(self, most):
+    def affordable(self, most, longest):
         """How many documents of words alone, and spans of each kind, a batch shall have -> the same
-        or less: beside whatever document comes first, the others must still find room."""
+        or less: beside whatever document comes first, the others must still find room. longest: by
+        make-up, positions of its longest document."""
         least = list(map(max, zip(*self.makeups)))      # or some document would never find any
         most, size = list(map(max, most, least)), self.rows * self.length
-        longest = [max(measure(document, self.positions) for document in group)
-                   for group in self.documents]
         while any(need + sum((m - count) * p for m, count, p in zip(most, makeup, self.positions))
                   > size for makeup, need in zip(self.makeups, longest)):
             kind = max(range(1, len(most)), key=lambda kind: most[kind] - least[kind])

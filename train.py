@@ -37,8 +37,8 @@ import benchmark
 import scores
 import show
 from autoencoders import autoencoder_config, frames_of, parts_of, train_autoencoder
-from checkpoints import (check_folder, load_autoencoder, load_checkpoint, made_with, make_folder,
-                         packed, save_checkpoint, trusted, write_json, writing)
+from checkpoints import (check_folder, load_autoencoder, made_with, make_folder, packed,
+                         save_checkpoint, trusted, write_json, writing)
 from corpora import EXAMPLES, folder_corpus, toy_corpus
 from data import MODALITIES, Alternate, Batches, InputError, Tokenizer, plan_rows
 from machine import (FAST_BF16, from_first, join_processes, leave_processes, pick_device, rank,
@@ -186,8 +186,7 @@ def train_transformer(arch, config, model_options, given):
     begun, setting = time.time(), config.setting if arch == "mot" else arch
     device, name = pick_device(config.device), name_of(config.data)
     folder = folder_of(arch, setting, config, name)
-    from_first(lambda: check_folder(folder, arch, setting))
-    saved = from_first(lambda: load_checkpoint(folder)) if given["resume"] else None
+    saved = from_first(lambda: check_folder(folder, arch, setting, given["resume"]))
     if saved:
         with trusted(folder):
             config, model_options = as_before(saved, config, model_options, given, folder)

@@ -171,7 +171,7 @@ class Trainer:
                     self.explain(recent)
                 if logging:
                     row, recent = as_numbers(merged(recent)), []        # waits for the device
-                self.seconds, start = self.seconds + time.monotonic() - start, time.monotonic()
+                self.seconds += time.monotonic() - start
                 if logging:
                     log.write(json.dumps({"step": self.step, "lr": self.learning_rate(),
                                           "seconds": round(self.seconds, 2), **row}) + "\n")
