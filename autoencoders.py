@@ -110,7 +110,6 @@ def train_and_save(trainer, shown, kind, about):
             save_checkpoint(folder / "checkpoint.pt", {"autoencoder": packed(model), **state})
 
     def progress():
-        (folder / "progress").mkdir(exist_ok=True)
         look(trainer, shown, folder / "progress" / f"step-{trainer.step:06d}.png",
              f"{folder.name}: reconstructions, step {trainer.step}")
     trainer.train(f"autoencoder ({kind}, {model.config.bottleneck})", save,

@@ -11,7 +11,7 @@ import torch
 
 from corpora import WORLDS, toy_corpus
 from data import MODALITIES, Batches, Tokenizer, to_bytes, to_signal
-from machine import count_flops
+from machine import count_flops, rank
 from vqvae import spectrum
 from worlds import stories
 
@@ -34,7 +34,9 @@ def _pyplot():
 
 def _finish(figure, out, title):
     figure.suptitle(title, fontsize=11, parse_math=False)
-    figure.savefig(out, dpi=110)
+    if rank() == 0:
+        out.parent.mkdir(exist_ok=True)
+        figure.savefig(out, dpi=110)
     _pyplot().close(figure)
 
 

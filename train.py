@@ -207,10 +207,9 @@ def train_transformer(arch, config, model_options, given):
     else:
         from_first(lambda: make_folder(folder))
     trainer.compile()
-    system = System(trainer.sampler, codecs, tokenizer, device, about["longest_text"])
+    system = System(trainer.averaged, codecs, tokenizer, device, about["longest_text"])
 
     def progress():
-        (folder / "progress").mkdir(exist_ok=True)
         show.sheet(system, folder / "progress" / f"step-{trainer.step:06d}.png",
                    f"{arch}, step {trainer.step}", held_out, told > 0, count=4)
 
@@ -221,15 +220,13 @@ def train_transformer(arch, config, model_options, given):
 
     called = f"{arch} ({setting})" if arch == "mot" else arch
     trainer.train(called, save, max(1, config.steps // 4), progress)
-    if rank() == 0:                     # what is left, the first process does alone
+    if rank() == 0 or config.fsdp:      # whoever holds weights takes part; the first one writes
         report = {"arch": arch, "setting": setting, "data": name, **facts(trainer)}
         report |= (scores.score_toys(system, config.cases, stories_share=told)
                    if held_out is None else scores.score_folder(system, held_out, config.cases))
         report["wall_seconds"] = round(time.time() - begun, 1)
-        write_json(folder / "report.json", report)
         title = f"{called}, {name}, {trainer.step} steps, seed {config.seed}"
-        show_run(system, folder, title, held_out, told > 0, config.seed)
-        finish(folder)
+        write_run(system, folder, report, title, held_out, told > 0)
 
 
 def folder_of(arch, setting, config, name):
@@ -329,7 +326,7 @@ def measure_speed(arch, config, model_options):
     trainers = {name: Trainer(model, batches, config, device, folder)
                 for name, model in ((setting, dense), ("mot", mot))}
     tokenizer = Tokenizer(about["merges"])
-    systems = {name: System(trainer.sampler, codecs, tokenizer, device)
+    systems = {name: System(trainer.averaged, codecs, tokenizer, device)
                for name, trainer in trainers.items()}
     found = benchmark.report(trainers, batches, systems, device, config.picture_size)
     if rank() > 0:
@@ -360,13 +357,17 @@ def share_of_stories(batches, tokenizer, count=300):
     return told / total
 
 
-def show_run(system, folder, title, held_out, told, seed):
-    """curves.png, samples.png and transcript.md of a finished run."""
-    show.curves(folder / "metrics.jsonl", folder / "curves.png", title)
+def write_run(system, folder, report, title, held_out, told):
+    """What a finished run leaves beside its checkpoint, and a word about it."""
+    if rank() == 0:
+        write_json(folder / "report.json", report)
+        show.curves(folder / "metrics.jsonl", folder / "curves.png", title)
     show.sheet(system, folder / "samples.png", title, held_out, told)
-    torch.manual_seed(seed)
+    torch.manual_seed(report["seed"])
     free = system.complete([[]], spans=3, temperature=1.0)[0]
-    write_document(free, folder / "transcript.md")
+    if rank() == 0:
+        write_document(free, folder / "transcript.md")
+        finish(folder)
 
 
 def finish(folder):

@@ -6,6 +6,7 @@ a run goes on exactly. It knows nothing of worlds, nor of files but its own log.
 """
 
 import copy  # noqa: I001 (long imports are wrapped, not one name a line)
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from contextlib import nullcontext, suppress
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -48,15 +49,14 @@ class Trainer:
         # its weights want gradients, as of others autocast does not keep the bf16 copies
         self.averaged = copy.deepcopy(model).eval()
         called = Called(model, lambda *arguments: self.loss(*arguments))
-        self.sampler = self.averaged            # what to sample from: in one piece
         if sharded:
-            # whole in the first process alone, and on its device only while it samples
-            self.sampler = copy.deepcopy(self.averaged).to("cpu" if rank() == 0 else "meta")
             mesh = dist.init_device_mesh(device.type, (world(),))
-            for block in model.blocks:
+            for block in itertools.chain(model.blocks, self.averaged.blocks):
                 fully_shard(block, mesh=mesh)
             self.together = fully_shard(called, mesh=mesh)
             fully_shard(self.averaged, mesh=mesh)
+            for method in ("generate", "loss"):     # bring weights together, as forward does
+                register_fsdp_forward_method(self.averaged, method)
         else:
             model.to(device)
             self.averaged.to(device)
@@ -183,23 +183,12 @@ class Trainer:
                 if stopping:
                     raise KeyboardInterrupt(f"stopped at step {self.step}; to go on, give {how}")
                 if every and self.step % every == 0 and not last:
-                    self.gather()
-                    if rank() == 0:
+                    if rank() == 0 or self.sharded:     # then it takes all to sample
                         at_each()
-                        if self.sharded:
-                            self.sampler.to("cpu")
+                    if self.sharded:                    # what lies in no block was left whole
+                        self.averaged.reshard()
                 start = time.monotonic()
         self.model.eval()
-        self.gather()
-
-    @torch.no_grad()
-    def gather(self):
-        """Bring what to sample from up to date, where processes hold the weights in shares."""
-        if self.sharded:
-            for kept, share in zip(self.sampler.parameters(), self.averaged.parameters()):
-                kept.copy_(whole(share))        # which all take part in, and the first one keeps
-            if rank() == 0:
-                self.sampler.to(self.device)
 
     def explain(self, rows):
         """Raise InputError about the first of the last steps whose loss was not finite."""
@@ -361,7 +350,7 @@ def facts(trainer):
     """What report.json says of any run, beside its scores."""
     tokens = flops = 0
     parts = trainer.config.accumulate * world()
-    model = trainer.sampler             # in one piece, whoever holds the shares
+    model = trainer.averaged
     for stream, share in getattr(trainer.batches, "kinds", [(trainer.batches, 1.0)]):
         batch, share = next(stream), share * parts
         tokens += (batch.tokens.numel() if hasattr(batch, "tokens") else len(batch)) * share

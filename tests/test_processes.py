@@ -58,12 +58,22 @@ def layouts_of(setting):
         run.resume(copy.deepcopy(state))
         more, state = losses_of(run, STEPS // 4)
         found += more
-    share = sum(own.numel() for own in map(trainer.own, shares.parameters))
-    shares.gather()
-    sampler = shares.sampler.state_dict()
+    drawn = drawn_by(shares.averaged, setting)
+    shares.averaged.reshard()
+    share = sum(own.numel() for part in (shares.model, shares.averaged)
+                for own in map(trainer.own, part.parameters()))
     kept["in turns"] = found, state
-    return {**kept, "share": share / sum(p.numel() for p in shares.parameters),
-            "sampler": sampler, "ema": shares.state()["ema"]}
+    return {**kept, "share": share / 2 / sum(p.numel() for p in shares.parameters),
+            "drawn": drawn, "ema": shares.state()["ema"]}
+
+
+def drawn_by(model, setting):
+    """What a model makes of prompts, and its loss on a batch; blocks it shares are in shares."""
+    torch.manual_seed(0)
+    tokens, latents = model.generate(small.prompts(setting, small.CROSSING), 60, 2)
+    with torch.no_grad():
+        loss = model.loss(small.pack(setting))[0]
+    return tokens, latents, loss, sum(trainer.own(p).numel() for p in model.blocks.parameters())
 
 
 def codebook_of(batches, seed):
@@ -135,14 +145,18 @@ def test_two_processes_have_the_losses_and_weights_of_one(two, setting, layout, 
 
 
 @pytest.mark.parametrize("setting", small.SETTINGS)
-def test_with_fsdp_each_process_holds_a_share_and_the_first_samples_from_the_whole(two, setting):
+def test_with_fsdp_each_process_holds_a_share_and_together_they_sample_as_one(two, setting):
     kept = [part[setting] for part in two]
     assert sum(part["share"] for part in kept) == pytest.approx(1)
     assert max(part["share"] for part in kept) < 0.6
-    first, second = (part["sampler"] for part in kept)
-    assert first.keys() == second.keys() == kept[0]["ema"].keys()
-    assert all(torch.equal(first[name], kept[0]["ema"][name]) for name in first)
-    assert all(weight.is_meta for weight in second.values())        # which takes no memory
+    with mock.patch.dict(small.SIZE, depth=1):
+        model = small.untrained(setting, (0, 1, 2, 3))
+    model.load_state_dict(kept[0]["ema"])
+    tokens, latents, loss, in_blocks = drawn_by(model.eval(), setting)
+    assert sum(part["drawn"][3] for part in kept) == in_blocks      # also while they sample
+    for part in kept:
+        assert torch.equal(part["drawn"][0], tokens)
+        torch.testing.assert_close(part["drawn"][1:3], (latents, loss))
 
 
 def test_two_processes_have_one_codebook_of_all_their_pictures(two):
