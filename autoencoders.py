@@ -146,14 +146,15 @@ def parts_of(config):
 
 
 def autoencoder_scores(kind, model, corpus, held_out, config, device):
-    """How well it rebuilds signals of its modality, and which codes are in use."""
-    codecs, report = Codecs({kind: Codec(kind, model, frames_of(kind, corpus))}, device), {}
+    """How well it rebuilds signals of its modality, and how an epoch of them uses the codes."""
+    frames = frames_of(kind, corpus)
+    codecs, report = Codecs({kind: Codec(kind, model, frames)}, device), {}
     if held_out is None:
         report = scores.score_reconstruction(codecs, kind, config.cases)
     elif kind in held_out.signals:
         report = scores.score_psnr(codecs, kind, held_out, config.cases)
     if model.config.bottleneck == "vq":
-        codes = codecs.encode(kind, corpus.signals[kind][:4000])    # enough to meet every code
+        codes = codecs.encode(kind, corpus.signals[kind][:40_000 // frames])    # of clips: a part
         report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
     return report
 

@@ -246,6 +246,19 @@ class Chameleon(nn.Module):
         nn.init.normal_(self.place_embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
 
+    @torch.no_grad()
+    def start_codes(self, kind, codebook):
+        """Codes of a modality begin as what they stand for: what lies near in the tokenizer's
+        codebook (K, C) begins near in the embedding and in the head, through random projections.
+        """
+        (K, C), random = codebook.shape, torch.Generator().manual_seed(kind)
+        z = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6) / C ** 0.5
+        seen, said, noise = (torch.randn(rows, self.config.width, generator=random)
+                             for rows in (C, C, K))
+        rows = slice(*self.layout.codes[kind])
+        self.token_embedding.weight[rows] = 0.45 * z @ seen + 0.22 * noise
+        self.head.weight[rows] = 0.5 * z @ said / self.config.width ** 0.5
+
     def backbone(self, x, batch, rope, mask, cache=None):
         """x (B, S, D) through all blocks; batch: what mot.py routes by."""
         for block in self.blocks:

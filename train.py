@@ -78,16 +78,16 @@ class TrainConfig:
 
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq": {"steps": 2000, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
+           "vqvae-vq": {"steps": 1600, "batch_size": 32, "lr": 3e-3},
+           "vqvae-vq audio": {"lr": 1.5e-3},
            "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
            "vqvae-kl video": {"steps": 2400},
-           "transfusion": {"steps": 4000, "batch_size": 20, "lr": 3e-3, "weight_decay": 0.01},
-           "chameleon": {"steps": 3600, "batch_size": 16, "lr": 4e-3, "weight_decay": 0.3},
+           "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01},
+           "chameleon": {"steps": 3000, "batch_size": 16, "lr": 4e-3, "weight_decay": 0.3},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
-           "transfusion all": {"steps": 10_000, "batch_size": 20, "weight_decay": 0.1},
+           "transfusion all": {"steps": 10_000, "batch_size": 20, "lr": 3e-3, "weight_decay": 0.1},
            "chameleon tones": {"steps": 3000, "batch_size": 24},
            "chameleon motion": {"steps": 3000, "batch_size": 8},
            "chameleon stories": {"steps": 3000, "batch_size": 30},
@@ -280,6 +280,10 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     else:
         autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     codecs = codecs_by(autoencoders)
+    if setting == "chameleon" and not saved:
+        for kind, name in enumerate(MODALITIES):
+            if name in autoencoders:
+                model.start_codes(kind, autoencoders[name].bottleneck.codebook.cpu())
     for modality in codecs:
         encoded[modality] = Codecs(codecs, device).encode(modality, corpus.signals[modality])
     about = {**made_with(device), "arch": arch, "setting": setting, "data": name, "mot": mot,

@@ -129,6 +129,22 @@ def test_choose_is_greedy_at_zero_and_else_samples_by_the_softmax():
         assert not (chosen == 2).any()
 
 
+def test_codes_begin_near_each_other_where_their_vectors_are():
+    codebook, model = torch.randn(8, 3), small.untrained("chameleon")
+    codebook[5] = codebook[2] + 0.01
+    weights = [weight.detach() for weight in (model.token_embedding.weight, model.head.weight)]
+    before = [weight.clone() for weight in weights]
+    model.start_codes(IMAGE, codebook)
+    first, last = LAYOUT.codes[IMAGE]
+    for old, new in zip(before, weights):
+        apart = torch.cdist(new[first:last], new[first:last])
+        assert 0 < apart[2, 5] < apart[2, [0, 1, 3, 4, 6, 7]].min()
+        changed = (old != new).all(1)
+        assert changed[first:last].all() and changed.sum() == last - first
+    seen = weights[0]
+    assert seen[first:last].std() == pytest.approx(seen[:first].std().item(), rel=0.2)
+
+
 # --- who sees whom -------------------------------------------------------------------------------
 
 def test_what_stands_at_j_changes_what_follows_it_in_its_document_and_nothing_else(model):
