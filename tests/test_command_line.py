@@ -499,7 +499,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, shown", [
-    (["chameleon"], {"steps": "3600", "weight-decay": "0.3", "heads": "8"}),
+    (["chameleon"], {"steps": "3000", "weight-decay": "0.3", "heads": "8"}),
     (["chameleon", "--data", "all"], {"steps": "12000", "weight-decay": "0.1", "heads": "8"}),
     (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
     (["mot", "--setting", "chameleon"], {"lr": "0.004", "code-noise": "0.6"}),
