@@ -1,20 +1,26 @@
-"""Commands of two processes take long to start: they begin before the first test, and run beside
-the others until test_processes.py asks for them. All have one thread each: with more, they would
-wait for one another."""
+"""Modules whose fixtures take long say in BEGIN how each is begun; their tests come last."""
 
 import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch is imported: with more threads,
+                                                    # what runs side by side would wait for others
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: hasattr(item.module, "BEGIN"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begun(request, tmp_path_factory):
-    """What test_processes.py begins, where any of its tests was asked for."""
-    module = next((item.module for item in request.session.items
-                   if item.module.__name__ == "test_processes"), None)
-    commands = module.begin_commands(tmp_path_factory) if module else {}
-    yield commands
-    for _, process in commands.values():
-        process.terminate()         # torchrun then stops its own
+def background(request, tmp_path_factory):
+    """What runs beside the tests: whatever the fixtures of those that were asked for wait for."""
+    from background import Background
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    background = Background()
+    for module in dict.fromkeys(item.module for item in request.session.items):
+        for fixture, begin in getattr(module, "BEGIN", {}).items():
+            if fixture in wanted:
+                begin(background, tmp_path_factory.mktemp(fixture))
+    yield background
+    background.stop()

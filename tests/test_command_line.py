@@ -1,5 +1,6 @@
 """train.py and sample.py: what they refuse, in one sentence; what they write; that runs repeat."""
 
+import functools
 import json
 import os
 import pickle
@@ -81,43 +82,70 @@ def draw_little(patch):
         patch.setattr(show, name, sparing(getattr(show, name)))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A directory in which every system was trained for three steps on six pictures."""
-    place = tmp_path_factory.mktemp("runs")
-    write_folder(place / "pictures")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        draw_little(patch)
-        for name, argv in SYSTEMS.items():
-            call(train.main, *argv, "--data", "pictures", "--out", name, "--steps", 3, *BRIEF)
-        call(train.main, "vqvae", "--data", "pictures", "--out", "vqvae", "--steps", 3,
-             "--batch-size", 4)
-    return place
+def train_systems():
+    """Here, train every system for three steps on six pictures."""
+    write_folder(Path("pictures"))
+    for name, argv in SYSTEMS.items():
+        call(train.main, *argv, "--data", "pictures", "--out", name, "--steps", 3, *BRIEF)
+    call(train.main, "vqvae", "--data", "pictures", "--out", "vqvae", "--steps", 3,
+         "--batch-size", 4)
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """A directory in which two systems were trained on pictures, sounds and clips, three each."""
-    place, lines = tmp_path_factory.mktemp("mixed"), []
-    rng = np.random.default_rng(0)
-    (place / "mixed").mkdir()
+def train_mixed():
+    """Here, train two systems on pictures, sounds and clips, three each."""
+    lines, rng, place = [], np.random.default_rng(0), Path("mixed")
+    place.mkdir()
     for name, save in sample.SAVE.items():
         world = corpora.WORLDS[name]
         for n in range(3):
             scene, file = world.sample(rng), f"{n}{sample.SUFFIX[name]}"
-            save(world.render(scene, rng), place / "mixed" / file)
+            save(world.render(scene, rng), place / file)
             lines.append({"file_name": file, "text": world.describe(scene, rng)})
-    (place / "mixed" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for file in ("0.wav", "0.gif"):
-        whole = (place / "mixed" / file).read_bytes()
-        (place / f"broken{file[1:]}").write_bytes(whole[:len(whole) // 2])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        draw_little(patch)
-        for name in ("mot", "chameleon"):
-            call(train.main, name, "--out", name, *MIXED)
+        whole = (place / file).read_bytes()
+        Path(f"broken{file[1:]}").write_bytes(whole[:len(whole) // 2])
+    for name in ("mot", "chameleon"):
+        call(train.main, name, "--out", name, *MIXED)
+
+
+def begin_training(name, background, place):
+    """Begin one of the above, in a process that computes as this one does."""
+    bf16 = machine.fast_bf16(torch.device("cpu"))
+    background.begin(name, place, [sys.executable, __file__, name, int(bf16)])
+
+
+def begin_main_job(background, place):
+    background.begin("main job", place, [*PROGRAM, "train.py", "mot", "--steps", 2,
+                                         "--examples", 400, *FEW])
+
+
+BEGIN = {"runs": functools.partial(begin_training, "train_systems"),
+         "mixed": functools.partial(begin_training, "train_mixed"), "main_job": begin_main_job}
+
+
+def place_of(background, name):
+    place, code, _, errors = background.end(name)
+    assert code == 0, errors
     return place
+
+
+@pytest.fixture(scope="module")
+def runs(background):
+    """A directory in which every system was trained for three steps on six pictures."""
+    return place_of(background, "train_systems")
+
+
+@pytest.fixture(scope="module")
+def mixed(background):
+    """A directory in which two systems were trained on pictures, sounds and clips, three each."""
+    return place_of(background, "train_mixed")
+
+
+@pytest.fixture(scope="module")
+def main_job(background):
+    """Where the main job was run, at a few steps, as a reader runs it."""
+    return place_of(background, "main job")
 
 
 @pytest.fixture
@@ -788,19 +816,16 @@ def test_vqvae_does_not_overwrite_another_run_in_a_folder_of_a_kind(mixed, runs,
                               tmp_path, "--steps", 1, place=tmp_path)
 
 
-def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(tmp_path):
-    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run([*PROGRAM, "train.py", "mot", "--steps", "2", "--examples", "400", *FEW],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "runs" / "mot" / "report.json").read_text())
+def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(main_job):
+    folder = main_job / "runs" / "mot"
+    report = json.loads((folder / "report.json").read_text())
     assert KEYS | SCORES | {f"{name}_n" for name in SCORES} <= report.keys()
     assert report["reconstruction_psnr"] > 0 and report["reconstruction_psnr_n"] >= 4
     for name in SCORES:
         assert 0 <= report[name] <= 1 and report[f"{name}_n"] >= 4
     assert (report["setting"], report["data"], report["seed"]) == ("transfusion", "shapes", 0)
-    assert FILES | {"transcript.md"} <= {path.name for path in (tmp_path / "runs/mot").iterdir()}
-    assert (tmp_path / "runs/mot/progress/step-000001.png").is_file()
+    assert FILES | {"transcript.md"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "progress/step-000001.png").is_file()
 
 
 def test_there_are_no_curves_before_the_first_row(tmp_path):
@@ -953,3 +978,10 @@ def test_looking_at_samples_does_not_change_the_training(runs, monkeypatch, plai
     monkeypatch.setattr(show, "sheet", lambda *arguments, **options: torch.rand(1))
     call(train.main, "transfusion", "--data", "pictures", "--out", "blind", "--steps", 3, *BRIEF)
     assert losses(runs / "blind") == losses(runs / "transfusion")
+
+
+if __name__ == "__main__":          # begun beside other tests: see begin_training
+    machine.FAST_BF16["cpu"] = bool(int(sys.argv[2]))
+    with pytest.MonkeyPatch.context() as patch:
+        draw_little(patch)
+        {"train_systems": train_systems, "train_mixed": train_mixed}[sys.argv[1]]()

@@ -4,8 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -97,25 +95,21 @@ def main():
     torch.distributed.destroy_process_group()
 
 
-def begin_commands(tmp_path_factory):
-    """Start each command of two processes -> by name, where it runs, and its process."""
-    environment, begun = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}, {}
+def begin_commands(background, place):
     for name, command in COMMANDS.items():
-        place = tmp_path_factory.mktemp(name)
-        torch.save(pictures(), place / "pictures.pt")
-        write_folder(place / "pictures", 12)
-        with open(place / "said", "w") as said, open(place / "errors", "w") as errors:
-            begun[name] = place, subprocess.Popen([*TOGETHER, *command], cwd=place, stdout=said,
-                                                  env=environment, stderr=errors)
-    return begun
+        (place / name).mkdir()
+        torch.save(pictures(), place / name / "pictures.pt")
+        write_folder(place / name / "pictures", 12)
+        background.begin(name, place / name, [*TOGETHER, *command])
+
+
+BEGIN = {"ended": begin_commands}
 
 
 @pytest.fixture(scope="module")
-def ended(begun):
+def ended(background):
     """By name, where a command of two processes ran, its exit code, and what it wrote."""
-    return {name: (place, process.wait(), *((place / file).read_text()
-                                            for file in ("said", "errors")))
-            for name, (place, process) in begun.items()}
+    return {name: background.end(name) for name in COMMANDS}
 
 
 def pictures():
