@@ -1,7 +1,6 @@
 """What takes long runs beside the tests that do not need it: one command after another, from before
 the first test on, until a fixture asks for what became of it."""
 
-import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,9 +14,8 @@ class Background:
         self.ends[name] = self.pool.submit(self._run, place, list(map(str, command)))
 
     def _run(self, place, command):
-        environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-        self.process = subprocess.Popen(command, cwd=place, env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(command, cwd=place, text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
         said, errors = self.process.communicate()
         return place, self.process.returncode, said, errors
 

@@ -9,11 +9,13 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,12 +70,11 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth(tmp_path):
     assert rates[55] == pytest.approx(2 * 0.505) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.skipif(not machine.compiler_exists(torch.device("cpu")), reason="no compiler")
-def test_compiled_training_is_that_of_the_plain_code_and_compiling_leaves_no_trace(
-        tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "precision", lambda device: contextlib.nullcontext())     # fp32
-    monkeypatch.setitem(small.SIZE, "depth", 1)         # each more takes as long to compile
-    plain, compiled = (small_trainer("chameleon", tmp_path, 0, (0, 1, 1, 1)) for _ in range(2))
+def check_compiled():
+    """What the next test is about, in a process of its own: it takes long."""
+    trainer.precision = lambda device: contextlib.nullcontext()                 # fp32
+    small.SIZE["depth"] = 1                             # each more takes as long to compile
+    plain, compiled = (small_trainer("chameleon", Path("."), 0, (0, 1, 1, 1)) for _ in range(2))
     compiled.compiled = True            # in evaluation, as here, Chameleon's loss has no chance
     compiled.config = plain.config = dataclasses.replace(plain.config, steps=trainer.PAYS)
     state = copy.deepcopy(compiled.batches.state)
@@ -84,6 +85,25 @@ def test_compiled_training_is_that_of_the_plain_code_and_compiling_leaves_no_tra
     for _ in range(3):
         found, expected = compiled.train_step(), plain.train_step()
         torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
+
+
+def begin_compiled(background, place):
+    background.begin("compiled", place, [sys.executable, __file__])
+
+
+BEGIN = {"compiled": begin_compiled}
+
+
+@pytest.fixture
+def compiled(background):
+    return background.end("compiled")
+
+
+@pytest.mark.skipif(not machine.compiler_exists(torch.device("cpu")), reason="no compiler")
+def test_compiled_training_is_that_of_the_plain_code_and_compiling_leaves_no_trace(compiled):
+    _, code, said, errors = compiled
+    assert code == 0, errors
+    assert re.search("compiled in [0-9]+ s", said)
 
 
 def test_a_short_run_is_not_compiled(tmp_path):
@@ -337,3 +357,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
         last = (process.communicate()[0].split() or ["0"])[-1]
         kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["number"]
         assert kept.eq(kept[0]).all() and int(last) <= kept[0] <= int(last) + 1
+
+
+if __name__ == "__main__":
+    check_compiled()
