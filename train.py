@@ -220,7 +220,7 @@ def train_transformer(arch, config, model_options, given):
 
     called = f"{arch} ({setting})" if arch == "mot" else arch
     trainer.train(called, save, max(1, config.steps // 4), progress)
-    if rank() == 0 or config.fsdp:      # whoever holds weights takes part; the first one writes
+    if trainer.samples:
         report = {"arch": arch, "setting": setting, "data": name, **facts(trainer)}
         report |= (scores.score_toys(system, config.cases, stories_share=told)
                    if held_out is None else scores.score_folder(system, held_out, config.cases))
@@ -280,12 +280,11 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     else:
         autoencoders = {kind: model.eval().to(device) for kind, model in untrained.items()}
     codecs = codecs_by(autoencoders)
-    if setting == "chameleon" and not saved:
-        for kind, name in enumerate(MODALITIES):
-            if name in autoencoders:
-                model.start_codes(kind, autoencoders[name].bottleneck.codebook.cpu())
     for modality in codecs:
         encoded[modality] = Codecs(codecs, device).encode(modality, corpus.signals[modality])
+        if setting == "chameleon" and not saved:
+            codebook = autoencoders[modality].bottleneck.codebook.cpu()
+            model.start_codes(MODALITIES.index(modality), codebook)
     about = {**made_with(device), "arch": arch, "setting": setting, "data": name, "mot": mot,
              "config": dataclasses.asdict(model_config), "train": dataclasses.asdict(config),
              "merges": [list(pair) for pair in tokenizer.merges],

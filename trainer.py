@@ -95,6 +95,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.batches.state = state      # the batch above never happened
 
+    @property
+    def samples(self):
+        """Whether this process samples: the first, which writes, and all that hold shares."""
+        return rank() == 0 or self.sharded
+
     def learning_rate(self):
         """Linear warm-up, then half a cosine down to a hundredth of the peak."""
         warmup = max(1, min(self.config.warmup, self.config.steps // 5))
@@ -183,7 +188,7 @@ class Trainer:
                 if stopping:
                     raise KeyboardInterrupt(f"stopped at step {self.step}; to go on, give {how}")
                 if every and self.step % every == 0 and not last:
-                    if rank() == 0 or self.sharded:     # then it takes all to sample
+                    if self.samples:
                         at_each()
                     if self.sharded:                    # what lies in no block was left whole
                         self.averaged.reshard()

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from background import Background
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch is imported: with more threads,
                                                     # what runs side by side would wait for others
 
@@ -15,7 +17,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def background(request, tmp_path_factory):
     """What runs beside the tests: whatever the fixtures of those that were asked for wait for."""
-    from background import Background
     wanted = {name for item in request.session.items for name in item.fixturenames}
     background = Background()
     for module in dict.fromkeys(item.module for item in request.session.items):

@@ -66,7 +66,8 @@ def layouts_of(setting):
 
 
 def drawn_by(model, setting):
-    """What a model makes of prompts, and its loss on a batch; blocks it shares are in shares."""
+    """What a model makes of prompts, its loss on a batch, and then how much of its blocks is here.
+    """
     torch.manual_seed(0)
     tokens, latents = model.generate(small.prompts(setting, small.CROSSING), 60, 2)
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_with_fsdp_each_process_holds_a_share_and_together_they_sample_as_one(tw
         model = small.untrained(setting, (0, 1, 2, 3))
     model.load_state_dict(kept[0]["ema"])
     tokens, latents, loss, in_blocks = drawn_by(model.eval(), setting)
-    assert sum(part["drawn"][3] for part in kept) == in_blocks      # also while they sample
+    assert sum(part["drawn"][3] for part in kept) == in_blocks      # after they sampled
     for part in kept:
         assert torch.equal(part["drawn"][0], tokens)
         torch.testing.assert_close(part["drawn"][1:3], (latents, loss))
