@@ -16,6 +16,8 @@ import os
 
 # a thread that waits for another spins only briefly, so that other programs do not stall the run
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# torch.compile takes the processor's word for what it can do; to try each way takes 10 seconds
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import argparse  # noqa: I001 (long imports are wrapped, not one name a line)
 import copy
