@@ -201,6 +201,21 @@ class Cache:
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
+def start_places(h, w, width):
+    """How the places of a grid begin, (h w, D): a row and a column, added, and some noise.
+
+    Each axis is sines and cosines of periods 2, 4, 8, ... through a random projection, so that near
+    places begin near each other, and so do those that lie at the same place of a clip's frames.
+    """
+    def axis(n):
+        period = 2.0 ** torch.arange(1, (2 * n).bit_length())
+        angle = 2 * math.pi * torch.arange(n)[:, None] / period                 # (n, periods)
+        waves = torch.cat([angle.sin(), angle.cos()], 1)
+        return waves @ torch.randn(2 * len(period), width) / len(period) ** 0.5     # (n, D)
+    places = 0.32 * (axis(h)[:, None] + axis(w)) + 0.2 * torch.randn(h, w, width)
+    return places.flatten(0, 1)
+
+
 def average(values, weights):
     """The weighted mean; nan without any weight."""
     return (values * weights).sum() / weights.sum()
@@ -244,6 +259,11 @@ class Chameleon(nn.Module):
             nn.init.zeros_(block.ffn.down.weight)
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.normal_(self.place_embedding.weight, std=0.5)
+        for kind, shape in enumerate(self.layout.shapes):
+            if shape:
+                first = 1 + int(self.places_before[kind])
+                places = start_places(*shape[1:], self.config.width)
+                self.place_embedding.weight.data[first:first + len(places)] = places
         nn.init.zeros_(self.head.weight)
 
     @torch.no_grad()

@@ -145,6 +145,28 @@ def test_codes_begin_near_each_other_where_their_vectors_are():
     assert seen[first:last].std() == pytest.approx(seen[:first].std().item(), rel=0.2)
 
 
+def test_places_begin_near_each_other_where_they_are():
+    h, w = 32, 4                        # of a clip: eight frames, one below the other, 4 x 4 each
+    places = torch.stack([chameleon.start_places(h, w, 128).view(h, w, -1) for _ in range(20)])
+    assert places.std() == pytest.approx(0.5, rel=0.05)
+
+    def alike(a, b):
+        return torch.cosine_similarity(a, b, dim=-1).mean().item()
+    below, beside = (alike(places, places.roll(1, axis)) for axis in (1, 2))
+    assert alike(places, places) > below > alike(places, places.roll((2, 1), (1, 2))) + 0.1
+    assert beside > alike(places, places.roll((1, 2), (1, 2))) + 0.1
+    assert alike(places, places.roll(4, 1)) > alike(places, places.roll(6, 1)) + 0.1
+
+
+def test_a_place_begins_as_its_row_and_column():
+    layout = small.TOKENIZER.layout({"image": (2, 8, 8)}, {"image": 8})
+    model = small.untrained("chameleon", layout=layout)
+    grid = model.place_embedding.weight[1:].detach().view(8, 8, -1)
+    rest = grid - grid.mean(0) - grid.mean(1, keepdim=True) + grid.mean((0, 1))
+    # of noise alone rows and columns would leave 49 of 63 parts, of this beginning 0.8 x 0.16
+    assert rest.square().sum() / (grid - grid.mean((0, 1))).square().sum() < 0.25
+
+
 # --- who sees whom -------------------------------------------------------------------------------
 
 def test_what_stands_at_j_changes_what_follows_it_in_its_document_and_nothing_else(model):
