@@ -7,9 +7,10 @@ Paper: Chameleon Team, "Chameleon: Mixed-Modal Early-Fusion Foundation Models" (
 As in the paper: early fusion, Llama blocks (RMSNorm, SwiGLU, RoPE, no biases) with QK-norm, z-loss
 1e-5, and generation that allows, at each step, only ids of the modality in turn (Sec. 2.4).
 As in its released code: guidance on the logits of the codes; LayerNorm over each head of q and k.
-Added: a learned place for each code of a picture, beside the rotary positions; noise on the codes
-of a picture that is being learned, without which words bind to places very late; and a larger
-weight for words about a picture before them, of which reading needs every one.
+Added: a learned place for each code of a picture, beside the rotary positions; places that begin as
+rows and columns, and codes as their vectors in the codebook; noise on the codes of a picture that
+is being learned, without which words bind to places very late; and a larger weight for words about
+a picture before them, of which reading needs every one.
 Left out: norm re-ordering and dropout (needed from 7B parameters up), grouped queries (34B).
 
     python chameleon.py           one real batch, taken apart: seconds, no training
@@ -35,7 +36,7 @@ class ChameleonConfig:
     hidden: int = 352               # of the SwiGLU, about 8 D / 3 as in Llama
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
-    reading_weight: float = 5.0     # in the loss, of a word behind a picture to be read; others: 1
+    reading_weight: float = 8.0     # in the loss, of a word behind a picture to be read; others: 1
     shown_weight: float = 1.0       # of a code that opens its document: a picture to be read
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
@@ -201,21 +202,6 @@ class Cache:
         return (j < 0) | (mask.gather(3, j.clamp(0, S - 1)) & (j < S))
 
 
-def start_places(h, w, width):
-    """How the places of a grid begin, (h w, D): a row and a column, added, and some noise.
-
-    Each axis is sines and cosines of periods 2, 4, 8, ... through a random projection, so that near
-    places begin near each other, and so do those that lie at the same place of a clip's frames.
-    """
-    def axis(n):
-        period = 2.0 ** torch.arange(1, (2 * n).bit_length())
-        angle = 2 * math.pi * torch.arange(n)[:, None] / period                 # (n, periods)
-        waves = torch.cat([angle.sin(), angle.cos()], 1)
-        return waves @ torch.randn(2 * len(period), width) / len(period) ** 0.5     # (n, D)
-    places = 0.32 * (axis(h)[:, None] + axis(w)) + 0.2 * torch.randn(h, w, width)
-    return places.flatten(0, 1)
-
-
 def average(values, weights):
     """The weighted mean; nan without any weight."""
     return (values * weights).sum() / weights.sum()
@@ -228,6 +214,21 @@ def choose(logits, temperature):
     share = (logits / temperature).softmax(-1).cumsum(-1)       # one random number a row: drawing
     number = torch.rand(len(share), 1, device=share.device)     # one for each id is much slower
     return (share / share[:, -1:] <= number).sum(-1)
+
+
+def start_places(h, w, width):
+    """How the places of a grid of codes begin, (h w, D): a row and a column, added, and some noise.
+
+    Rows and columns are sines and cosines of periods 2, 4, 8, ... through a random projection, so
+    that near places begin near each other, and so do those of one place in a clip's frames.
+    """
+    def axis(n):
+        period = 2.0 ** torch.arange(1, (2 * n).bit_length())
+        angle = 2 * math.pi * torch.arange(n)[:, None] / period                 # (n, periods)
+        waves = torch.cat([angle.sin(), angle.cos()], 1)
+        return waves @ torch.randn(2 * len(period), width) / len(period) ** 0.5     # (n, D)
+    places = 0.32 * (axis(h)[:, None] + axis(w)) + 0.2 * torch.randn(h, w, width)
+    return places.flatten(0, 1)
 
 
 # --- model ---------------------------------------------------------------------------------------
