@@ -261,7 +261,7 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
                 reading = any((b, batch.span[b, j].item()) in opening for j in range(i + 1)
                               if batch.document[b, j] == batch.document[b, i])
                 shown = (b, batch.span[b, i + 1].item()) in opening
-                weights.append((5 if reading else 1) if name == "text" else
+                weights.append((8 if reading else 1) if name == "text" else
                                shown_weight if shown else 1)
                 losses.append(errors[name][-1])
                 if name == "text":
@@ -271,7 +271,7 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
         assert parts[name].item() == pytest.approx(mean, rel=1e-5)
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
     assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
-    assert set(weights) == {5, 1, shown_weight}
+    assert set(weights) == {8, 1, shown_weight}
     expected = sum(w * (loss_i + 1e-5 * z_i) for w, loss_i, z_i in zip(weights, losses, z))
     assert loss.item() == pytest.approx(expected / sum(weights), rel=1e-5)
 
