@@ -101,42 +101,34 @@ WINDOW, HOP, BINS = 256, 128, 128       # samples of a frame, between frames; ro
 QUIET, LOUD = 0.03, 20.0                    # the magnitudes that become -1 and 1
 
 
-def fourier(device):
-    """Cosines and negative sines (WINDOW, 2 * BINS) and a Hann window (WINDOW,): a transform in
-    real numbers, which every device has. The highest bin, half the sampling rate, is left out.
-    """
-    n, k = torch.arange(WINDOW, device=device), torch.arange(BINS, device=device)
-    angle = 2 * math.pi / WINDOW * (n[:, None] * k % WINDOW)        # exact: integers up to WINDOW
-    return (torch.cat([angle.cos(), -angle.sin()], 1),
-            0.5 - 0.5 * torch.cos(2 * math.pi / WINDOW * n))
+def hann(device):
+    """A window (WINDOW,) under which a frame fades in and out."""
+    return torch.hann_window(WINDOW, device=device)
 
 
 def transform(waves):
-    """Short-time Fourier transform: (N, samples) -> (N, frames, 2, BINS), real and imaginary."""
-    basis, hann = fourier(waves.device)
+    """Short-time Fourier transform: (N, samples) -> (N, frames, BINS), complex. The highest bin,
+    half the sampling rate, is left out."""
     frames = F.pad(waves, (HOP // 2, HOP // 2)).unfold(1, WINDOW, HOP)        # (N, frames, WINDOW)
-    return (frames * hann @ basis).unflatten(2, (2, BINS))
+    return torch.fft.rfft(frames * hann(waves.device))[..., :BINS]
 
 
-def untransform(parts):
-    """(N, frames, 2, BINS) -> (N, samples): the waveform whose transform is nearest (Eq. 6 of
-    Griffin and Lim 1984, "Signal Estimation from Modified Short-Time Fourier Transform")."""
-    basis, hann = fourier(parts.device)
-    both = torch.full((BINS,), 2.0, device=parts.device)        # a bin stands for its mirror too,
-    both[0] = 1.0                                               # but the constant has none
-    frames = (parts * both / WINDOW).flatten(2) @ basis.T * hann              # (N, frames, WINDOW)
-
-    def overlap(frames):
-        length = (frames.shape[1] - 1) * HOP + WINDOW
-        return F.fold(frames.transpose(1, 2), (1, length), (1, WINDOW), stride=(1, HOP)).flatten(1)
-    waves = overlap(frames) / overlap(hann.square().expand_as(frames)).clamp(min=1e-3)
-    return waves[:, HOP // 2:-(HOP // 2)]
+def untransform(bins):
+    """(N, frames, BINS) -> (N, samples): the waveform whose transform is nearest (Eq. 6 of Griffin
+    and Lim 1984, "Signal Estimation from Modified Short-Time Fourier Transform")."""
+    def overlap(frames):        # a sample is in one frame's first half, and in another's last
+        early, late = frames.unflatten(2, (2, HOP)).unbind(2)               # (N, frames, HOP) each
+        return (F.pad(early, (0, 0, 0, 1)) + F.pad(late, (0, 0, 1, 0))).flatten(1)
+    window = hann(bins.device)
+    frames = torch.fft.irfft(bins, n=WINDOW) * window                         # (N, frames, WINDOW)
+    weight = overlap(window.square().expand_as(frames[:1])).clamp(min=1e-3)
+    return (overlap(frames) / weight)[:, HOP // 2:-(HOP // 2)]
 
 
 def spectrum(waves):
     """Waveforms (N, 1, samples) -> pictures (N, 1, BINS, samples / HOP) in [-1, 1]: how loud each
     frequency is along time, on a logarithmic scale. Phases are left out."""
-    magnitude = transform(waves[:, 0]).norm(dim=2).clamp(QUIET, LOUD)           # (N, frames, BINS)
+    magnitude = transform(waves[:, 0]).abs().clamp(QUIET, LOUD)                 # (N, frames, BINS)
     return 2 * ((magnitude / QUIET).log() / math.log(LOUD / QUIET)).transpose(1, 2)[:, None] - 1
 
 
@@ -144,14 +136,13 @@ def waveform(spectra, rounds=60):
     """The inverse of `spectrum`, up to phases, which are guessed until they fit one another:
     keep the magnitudes, take the phases of the nearest waveform, again and again (Griffin-Lim)."""
     level = (spectra[:, 0].transpose(1, 2) + 1) / 2                             # (N, frames, BINS)
-    magnitude = (QUIET * (LOUD / QUIET) ** level)[:, :, None]
+    magnitude = QUIET * (LOUD / QUIET) ** level
     guess = torch.randn(*level.shape[1:], generator=torch.Generator().manual_seed(0))
-    angle = math.pi * guess.to(spectra)[None, :, None]
-    parts = torch.cat([angle.cos(), angle.sin()], 2)                            # of length 1
+    phases = torch.polar(torch.ones_like(guess), math.pi * guess).to(spectra.device)   # of length 1
     for _ in range(rounds):
-        parts = transform(untransform(magnitude * parts))
-        parts = parts / parts.norm(dim=2, keepdim=True).clamp(min=1e-8)
-    return untransform(magnitude * parts)[:, None]
+        bins = transform(untransform(magnitude * phases))
+        phases = bins / bins.abs().clamp(min=1e-8)
+    return untransform(magnitude * phases)[:, None]
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -324,8 +315,7 @@ class Codec:
     def encode(self, signals):
         """Signals -> codes (N, frames * h, w) int64, or latents (N, C, frames * h, w)."""
         if self.name == "audio":
-            with torch.autocast(signals.device.type, enabled=False):    # quiet bins need fp32
-                signals = spectrum(signals)
+            signals = spectrum(signals)
         if self.name != "video":
             return self.autoencoder.encode(signals)
         encoded = self.autoencoder.encode(signals.flatten(0, 1)).unflatten(0, (-1, self.frames))
@@ -337,10 +327,7 @@ class Codec:
             frames = encoded.unflatten(-2, (self.frames, -1)).movedim(-3, 1)
             return self.autoencoder.decode(frames.flatten(0, 1)).unflatten(0, (-1, self.frames))
         signals = self.autoencoder.decode(encoded)
-        if self.name == "audio":
-            with torch.autocast(signals.device.type, enabled=False):
-                return waveform(signals)
-        return signals
+        return waveform(signals) if self.name == "audio" else signals
 
 
 def code_usage(codes, K):
