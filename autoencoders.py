@@ -36,12 +36,14 @@ from worlds import tones
 
 
 def autoencoder_config(kind, config, **options):
-    """The autoencoder of a modality: what differs are channels, size and how far it goes down."""
+    """The autoencoder of a modality: what differs are channels, size and how far it goes down. With
+    64 channels in the middle, latents of frames rebuild better than with 128; codes do not."""
     shape = {"size": (config.picture_size, config.picture_size)}
     if kind == "audio":
         shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
     if kind == "video":     # a frame in 4 x 4, not 8 x 8: it shows one thing, and a clip has eight
-        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 128, 128), "latent_channels": 8,
+        width = 64 if options.get("bottleneck") == "kl" else 128
+        shape |= {"strides": ((2, 2),) * 3, "widths": (32, width, 128), "latent_channels": 8,
                   "codes": 1024}
     return VQVAEConfig(**{**shape, **options})
 
