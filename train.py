@@ -70,7 +70,7 @@ class TrainConfig:
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
-    embedding_lr: float = 0.0       # of embeddings and head, in learning rates (default: 1)
+    embedding_lr: float = 0.0       # of embeddings and head, as a multiple of lr (default: 1)
     weight_decay: float = None      # of AdamW: lr times this comes off each weight a step
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
@@ -92,7 +92,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
            "transfusion all": {"steps": 7000, "batch_size": 20, "lr": 3e-3, "weight_decay": 0.1},
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
+           "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3,
+                                "embedding_lr": 3.0},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon all": {"steps": 8000, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
                              "embedding_lr": 3.0},
