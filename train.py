@@ -70,7 +70,6 @@ class TrainConfig:
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
-    embedding_lr: float = 0.0       # of embeddings and head, as a multiple of lr (default: 1)
     weight_decay: float = None      # of AdamW: lr times this comes off each weight a step
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
@@ -82,7 +81,7 @@ class TrainConfig:
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq": {"steps": 2000, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq audio": {"steps": 1200, "lr": 1.5e-3},
+           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
            "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
            "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01},
@@ -92,11 +91,9 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
            "transfusion all": {"steps": 6500, "batch_size": 20, "lr": 3e-3, "weight_decay": 0.1},
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3,
-                                "embedding_lr": 3.0},
+           "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon all": {"steps": 10_000, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
-                             "embedding_lr": 3.0},
+           "chameleon all": {"steps": 12_000, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
@@ -108,7 +105,7 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "embedding_lr", "accumulate", "autoencoder_steps", "channels"),
+                            "accumulate", "autoencoder_steps", "channels"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -476,9 +473,8 @@ def check(config, given):
     if scores.SEED <= config.seed < scores.SEED + 1000:
         raise InputError(f"--seed is {config.seed}; {scores.SEED} to {scores.SEED + 999} are those "
                          "of the cases that scores are measured on: give another")
-    for name in ("lr", "embedding_lr"):
-        if given.get(name) == 0:
-            raise InputError(f"--{name.replace('_', '-')} is 0: nothing would be learned")
+    if given.get("lr") == 0:
+        raise InputError("--lr is 0: nothing would be learned")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),
                           ("device", ("auto", "cpu", "cuda", "mps")), ("bottleneck", ("vq", "kl"))):
         value = given.get(name, getattr(config, name, options[0]))

@@ -30,13 +30,11 @@ from machine import (added, any_of, compiler_exists, count_flops, fast_bf16, pea
                      rank, say, world)
 
 PAYS = 1000         # steps from which on a run is compiled: it takes half a minute on a CPU
-IDS = ("token_embedding", "place_embedding", "head")        # what ids become, and come from
 SHOWN = ("text", "image", "audio", "video", "reconstruction")      # losses beside the progress bar
 
 
 class Trainer:
-    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any such model. What ids
-    become and come from may learn faster than the rest (`embedding_lr`).
+    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any such model.
 
     Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
     Under torchrun every process computes its parts of each batch; the first one writes. With
@@ -64,16 +62,9 @@ class Trainer:
             self.averaged.to(device)
             self.together = world() > 1 and DistributedDataParallel(
                 called, broadcast_buffers=False, find_unused_parameters=True)   # absent modalities
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        # neighbours of one pace are a group, so that weights keep their numbers in a checkpoint
-        faster = config.embedding_lr or 1.0
-        groups = [(pace, [p for _, p in group]) for pace, group in itertools.groupby(
-            named, lambda item: faster if item[0].startswith(IDS) else 1.0)]
-        self.paces = [pace for pace, _ in groups]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": config.weight_decay / pace}      # times pace x lr
-             for pace, group in groups], lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
+                                           weight_decay=config.weight_decay, fused=True)
         # 1 once a loss was not finite: from then on, and without a wait, no step changes a weight
         self.failed = torch.zeros((), device=device)
         self.optimizer.found_inf = (DTensor.from_local(self.failed, mesh, [Replicate()])
@@ -146,8 +137,8 @@ class Trainer:
     def train_step(self):
         """One step -> its losses, still on the device."""
         lr = self.learning_rate()
-        for group, pace in zip(self.optimizer.param_groups, self.paces):
-            group["lr"] = lr * pace
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         losses = self.gradients()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         self.failed.copy_((self.failed + ~(losses["loss"] + norm).isfinite()) > 0)

@@ -189,7 +189,6 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--seed", "-1"], "--seed"),
     (["mot", "--seed", "12345"], "scores are measured"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
-    (["mot", "--embedding-lr", "0"], "--embedding-lr"),
     (["vqvae", "--channels", "1"], "--channels"), (["mot", "--seed", str(2 ** 63)], "--seed"),
     (["mot", "--accumulate", "3"], "--accumulate"),
     (["vqvae", "--accumulate", "2"], "--accumulate"), (["mot", "--save-every", "0"], "--save-"),
@@ -529,8 +528,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, shown", [
     (["chameleon"], {"steps": "2700", "weight-decay": "0.4", "heads": "8"}),
-    (["chameleon", "--data", "all"], {"steps": "10000", "weight-decay": "0.1", "heads": "8",
-                                      "embedding-lr": "3.0"}),
+    (["chameleon", "--data", "all"], {"steps": "12000", "weight-decay": "0.1", "heads": "8"}),
     (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
     (["mot", "--setting", "chameleon"], {"lr": "0.003", "code-noise": "0.6"}),
     (["vqvae", "--bottleneck", "kl"], {"steps": "1200"})])
@@ -545,11 +543,10 @@ def test_help_shows_the_defaults_of_the_data_and_size_that_are_named(argv, shown
 
 def test_presets_fill_in_what_was_not_given_and_nothing_else():
     presets = "chameleon", "chameleon all", "base"
-    for given, expected in (([], (10_000, 4e-3, 0.1, 3)),
-                            (["--weight-decay", "0", "--embedding-lr", "1"], (10_000, 4e-3, 0, 1)),
-                            (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1, 3))):
+    for given, expected in (([], (12_000, 4e-3, 0.1)), (["--weight-decay", "0"], (12_000, 4e-3, 0)),
+                            (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1))):
         config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
-        assert (config.steps, config.lr, config.weight_decay, config.embedding_lr) == expected
+        assert (config.steps, config.lr, config.weight_decay) == expected
     config = train.with_presets(train.TrainConfig(), *presets)      # that of the size goes first
     assert (config.steps, config.lr, config.weight_decay) == (20_000, 4e-4, 0.1)
 
