@@ -101,16 +101,11 @@ WINDOW, HOP, BINS = 256, 128, 128       # samples of a frame, between frames; ro
 QUIET, LOUD = 0.03, 20.0                    # the magnitudes that become -1 and 1
 
 
-def hann(device):
-    """A window (WINDOW,) under which a frame fades in and out."""
-    return torch.hann_window(WINDOW, device=device)
-
-
 def transform(waves):
     """Short-time Fourier transform: (N, samples) -> (N, frames, BINS), complex. The highest bin,
     half the sampling rate, is left out."""
     frames = F.pad(waves, (HOP // 2, HOP // 2)).unfold(1, WINDOW, HOP)        # (N, frames, WINDOW)
-    return torch.fft.rfft(frames * hann(waves.device))[..., :BINS]
+    return torch.fft.rfft(frames * torch.hann_window(WINDOW, device=waves.device))[..., :BINS]
 
 
 def untransform(bins):
@@ -119,7 +114,7 @@ def untransform(bins):
     def overlap(frames):        # a sample is in one frame's first half, and in another's last
         early, late = frames.unflatten(2, (2, HOP)).unbind(2)               # (N, frames, HOP) each
         return (F.pad(early, (0, 0, 0, 1)) + F.pad(late, (0, 0, 1, 0))).flatten(1)
-    window = hann(bins.device)
+    window = torch.hann_window(WINDOW, device=bins.device)
     frames = torch.fft.irfft(bins, n=WINDOW) * window                         # (N, frames, WINDOW)
     weight = overlap(window.square().expand_as(frames[:1])).clamp(min=1e-3)
     return (overlap(frames) / weight)[:, HOP // 2:-(HOP // 2)]

@@ -413,3 +413,4 @@ def test_spectra_and_waveforms_keep_fp32_under_bf16_autocast(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codec.encode(waves), spectra)
         assert torch.equal(codec.decode(spectra), rebuilt)
+        assert torch.equal(vqvae.spectrum(waves), spectra)
