@@ -128,7 +128,7 @@ def load_checkpoint(path):
     wanted = ["arch", "setting", "autoencoder"]
     if saved.get("arch") != "vqvae":
         wanted = ["arch", "autoencoders", "codecs", "setting", "config", "mot", "merges", "ema",
-                  "train", "model", "optimizer", "step", "seconds", "stream", "digest", "bf16",
+                  "train", "model", "optimizers", "step", "seconds", "stream", "digest", "bf16",
                   "longest_text"]
     missing = [name for name in wanted if name not in saved]
     if missing:

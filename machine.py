@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data import InputError
@@ -91,6 +92,22 @@ def from_first(make):
     if made[1]:
         raise made[1]
     return made[0]
+
+
+def whole(x):
+    """A tensor in one piece, where processes hold shares of it; anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own(x):
+    """The share of a tensor that this process holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def shared_as(mine, x):
+    """A whole tensor -> held as another one is, in shares or not."""
+    return (distribute_tensor(x.to(mine.device), mine.device_mesh, mine.placements)
+            if isinstance(mine, DTensor) else x)
 
 
 def precision(device):

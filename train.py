@@ -69,8 +69,9 @@ class TrainConfig:
     seed: int = 0                   # of everything random
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate
+    optimizer: str = ""             # adamw; or muon for the matrices of the blocks (muon.py)
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
-    weight_decay: float = None      # of AdamW: lr times this comes off each weight a step
+    weight_decay: float = None      # lr times this comes off each weight a step
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
     save_every: int = 1000          # steps from save to save, or a minute if that is less
@@ -84,8 +85,10 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
            "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
            "vqvae-kl video": {"steps": 2400},
-           "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01},
-           "chameleon": {"steps": 2700, "batch_size": 16, "lr": 3e-3, "weight_decay": 0.4},
+           "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01,
+                           "optimizer": "adamw"},
+           "chameleon": {"steps": 2700, "batch_size": 16, "lr": 3e-3, "weight_decay": 0.4,
+                         "optimizer": "adamw"},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
@@ -93,7 +96,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon all": {"steps": 12_000, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1},
+           "chameleon all": {"steps": 9000, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
+                             "optimizer": "muon"},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
@@ -104,8 +108,8 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
               "benchmark", "arch")
 
 # training options that mean nothing to an architecture
-WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "accumulate", "autoencoder_steps", "channels"),
+WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "optimizer", "warmup",
+                            "weight_decay", "ema", "accumulate", "autoencoder_steps", "channels"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -299,7 +303,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
 def trained_like(untrained, corpus, held_out, config, name, device):
     """{kind: VQVAE} -> the same, trained on a corpus: on first use, then kept."""
     config = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
-                                 accumulate=1)
+                                 accumulate=1, optimizer="adamw")
     trained = {}
     for kind, model in untrained.items():
         preset = f"vqvae-{model.config.bottleneck}"
@@ -476,8 +480,9 @@ def check(config, given):
     if given.get("lr") == 0:
         raise InputError("--lr is 0: nothing would be learned")
     for name, options in (("setting", ("transfusion", "chameleon")), ("size", tuple(SIZES)),
-                          ("device", ("auto", "cpu", "cuda", "mps")), ("bottleneck", ("vq", "kl"))):
-        value = given.get(name, getattr(config, name, options[0]))
+                          ("device", ("auto", "cpu", "cuda", "mps")), ("bottleneck", ("vq", "kl")),
+                          ("optimizer", ("adamw", "muon"))):
+        value = given.get(name, getattr(config, name, "") or options[0])
         if value not in options:
             raise InputError(f"--{name} is one of {', '.join(options)}, not {value}")
     if config.picture_size < 8 or config.picture_size % 8:

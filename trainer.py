@@ -1,8 +1,8 @@
 """The trainer of all four systems: any model with `loss(batch, totals) -> (scalar, {name: scalar})`
 and `totals(batch)`, what its loss divides by.
 
-AdamW, warm-up and cosine, clipping, averaged weights, a log of every loss, and a state from which
-a run goes on exactly. It knows nothing of worlds, nor of files but its own log.
+AdamW or Muon, warm-up and cosine, clipping, averaged weights, a log of every loss, and a state from
+which a run goes on exactly. It knows nothing of worlds, nor of files but its own log.
 """
 
 import copy  # noqa: I001 (long imports are wrapped, not one name a line)
@@ -20,21 +20,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from data import InputError, to_signal
-from machine import (added, any_of, compiler_exists, count_flops, fast_bf16, peak_memory, precision,
-                     rank, say, world)
+from machine import (added, any_of, compiler_exists, count_flops, fast_bf16, own, peak_memory,
+                     precision, rank, say, shared_as, whole, world)
+from muon import Muon
 
 PAYS = 1000         # steps from which on a run is compiled: it takes half a minute on a CPU
 SHOWN = ("text", "image", "audio", "video", "reconstruction")      # losses beside the progress bar
 
 
 class Trainer:
-    """AdamW (0.9, 0.95), warm-up, cosine, clip 1.0, averaged weights; any such model.
+    """AdamW (0.9, 0.95), for blocks Muon if the config says so, warm-up, cosine, clip 1.0, averaged
+    weights; any such model.
 
     Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
     Under torchrun every process computes its parts of each batch; the first one writes. With
@@ -63,12 +65,20 @@ class Trainer:
             self.together = world() > 1 and DistributedDataParallel(
                 called, broadcast_buffers=False, find_unused_parameters=True)   # absent modalities
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.95),
-                                           weight_decay=config.weight_decay, fused=True)
+        matrices = set()
+        if config.optimizer == "muon":
+            matrices = {p for p in model.blocks.parameters() if p.requires_grad and p.ndim == 2}
+        self.optimizers = [torch.optim.AdamW(
+            [p for p in self.parameters if p not in matrices], lr=config.lr, betas=(0.9, 0.95),
+            weight_decay=config.weight_decay, fused=True)]
         # 1 once a loss was not finite: from then on, and without a wait, no step changes a weight
         self.failed = torch.zeros((), device=device)
-        self.optimizer.found_inf = (DTensor.from_local(self.failed, mesh, [Replicate()])
-                                    if sharded else self.failed)
+        self.optimizers[0].found_inf = (DTensor.from_local(self.failed, mesh, [Replicate()])
+                                        if sharded else self.failed)
+        if matrices:
+            self.optimizers.append(Muon([p for p in self.parameters if p in matrices],
+                                        config.lr, config.weight_decay))
+            self.optimizers[1].found_inf = self.failed
 
     def compile(self):
         """torch.compile where a compiler exists and it pays; else the same code, uncompiled."""
@@ -92,8 +102,12 @@ class Trainer:
         except Exception as error:      # no working compiler: slower, not wrong
             self.loss = self.model.loss
             say(f"torch.compile failed ({type(error).__name__}); running without it")
-        self.optimizer.zero_grad()
+        self.zero_grad()
         self.batches.state = state      # the batch above never happened
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     @property
     def samples(self):
@@ -137,13 +151,15 @@ class Trainer:
     def train_step(self):
         """One step -> its losses, still on the device."""
         lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         losses = self.gradients()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, 1.0))
         self.failed.copy_((self.failed + ~(losses["loss"] + norm).isfinite()) > 0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.zero_grad()
         self.step += 1
         decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: drop the start
         with torch.no_grad():
@@ -220,17 +236,19 @@ class Trainer:
         return {"step": self.step, "seconds": self.seconds, "stream": self.batches.state,
                 **tree_map(keep, {"model": self.model.state_dict(),
                                   "ema": self.averaged.state_dict(),
-                                  "optimizer": self.optimizer.state_dict()})}
+                                  "optimizers": [optimizer.state_dict()
+                                                 for optimizer in self.optimizers]})}
 
     def resume(self, saved):
         for module, kept in ((self.model, saved["model"]), (self.averaged, saved["ema"])):
             module.load_state_dict({name: shared_as(mine, kept[name])
                                     for name, mine in module.state_dict().items()})
-        moments = {number: {name: shared_as(parameter, x) if x.dim() else x
-                            for name, x in saved["optimizer"]["state"][number].items()}
-                   for number, parameter in enumerate(self.parameters)
-                   if number in saved["optimizer"]["state"]}
-        self.optimizer.load_state_dict({**saved["optimizer"], "state": moments})
+        for optimizer, kept in zip(self.optimizers, saved["optimizers"], strict=True):
+            moments = {number: {name: shared_as(parameter, x) if x.dim() else x
+                                for name, x in kept["state"][number].items()}
+                       for number, parameter in enumerate(optimizer.param_groups[0]["params"])
+                       if number in kept["state"]}
+            optimizer.load_state_dict({**kept, "state": moments})
         self.step, self.seconds = saved["step"], saved["seconds"]
         self.batches.state = saved["stream"]
         if rank() > 0:
@@ -252,22 +270,6 @@ class Called(torch.nn.Module):
     def __init__(self, model, loss):
         super().__init__()
         self.model, self.forward = model, loss
-
-
-def whole(x):
-    """A tensor in one piece, where processes hold shares of it; anything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def own(x):
-    """The share of a tensor that this process holds."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def shared_as(mine, x):
-    """A whole tensor -> held as another one is, in shares or not."""
-    return (distribute_tensor(x.to(mine.device), mine.device_mesh, mine.placements)
-            if isinstance(mine, DTensor) else x)
 
 
 class Asked:

@@ -425,7 +425,7 @@ def test_a_checkpoint_that_was_changed_is_named(runs, tmp_path, capsys, change, 
 
 @pytest.mark.parametrize("change", [
     {"arch": ["mot"]}, {"train": 3}, {"model": {}}, {"autoencoders": {"image": {}}},
-    {"autoencoders": {}}, {"optimizer": {}}])
+    {"autoencoders": {}}, {"optimizers": []}])
 def test_a_checkpoint_that_was_changed_is_not_resumed(runs, folder, capsys, change):
     for part in ("runs", "mot"):
         shutil.copytree(runs / part, folder.parent / part)
@@ -631,7 +631,7 @@ def test_an_autoencoder_that_was_changed_is_named(runs, folder, capsys):
 def test_a_checkpoint_holds_tensors_and_plain_values_alone(runs, name):
     saved = torch.load(runs / name / "checkpoint.pt", weights_only=True)
     assert saved["arch"] == SYSTEMS[name][0] and saved["step"] == 3
-    assert {"format", "versions", "config", "train", "model", "ema", "optimizer", "stream",
+    assert {"format", "versions", "config", "train", "model", "ema", "optimizers", "stream",
             "merges"} <= saved.keys()
     assert "latent_std" in saved["autoencoders"]["image"]["weights"]
     assert saved["versions"]["torch"] == torch.__version__

@@ -16,7 +16,7 @@ from adapter import PROGRAM, load
 from test_command_line import call, plain, write_folder  # noqa: F401 (a fixture)
 from test_trainer import small_trainer
 
-train, trainer, vqvae = load("train"), load("trainer"), load("vqvae")
+train, trainer, vqvae, muon = load("train"), load("trainer"), load("vqvae"), load("muon")
 
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAIN = [PROGRAM[1], "train.py", "mot", "--data", "pictures", "--out", "run", "--width", "32",
@@ -31,10 +31,11 @@ COMMANDS = {"two": [__file__],
 
 
 def begin(setting, folder, accumulate=1, sharded=False):
-    """A small model's trainer, in fp32."""
-    trainer.precision = lambda device: contextlib.nullcontext()
+    """A small model's trainer, in fp32; Chameleon's blocks learn by Muon."""
+    trainer.precision = muon.precision = lambda device: contextlib.nullcontext()
+    optimizer = "muon" if setting == "chameleon" else "adamw"
     with mock.patch.dict(small.SIZE, depth=1):
-        run = small_trainer(setting, folder, seed=0, sharded=sharded)
+        run = small_trainer(setting, folder, seed=0, optimizer=optimizer, sharded=sharded)
     run.config = dataclasses.replace(run.config, steps=STEPS, accumulate=accumulate)
     run.model.train()
     return run
@@ -129,7 +130,8 @@ def two(ended):
 @pytest.mark.parametrize("setting", small.SETTINGS)
 def test_two_processes_have_the_losses_and_weights_of_one(two, setting, layout, tmp_path,
                                                           monkeypatch):
-    monkeypatch.setattr(trainer, "precision", trainer.precision)        # put back afterwards
+    for module in (trainer, muon):
+        monkeypatch.setattr(module, "precision", module.precision)      # put back afterwards
     expected, state = losses_of(begin(setting, tmp_path, accumulate=2))
     assert len(set(expected)) == STEPS and expected[-1] < expected[0]
     for losses, found in (kept[setting][layout] for kept in two):

@@ -27,23 +27,26 @@ data, machine, sample, train = load("data"), load("machine"), load("sample"), lo
 trainer, checkpoints = load("trainer"), load("checkpoints")
 
 
-def small_trainer(setting, tmp_path, seed, towers=(0, 1, 2, 3), **options):
+def small_trainer(setting, tmp_path, seed, towers=(0, 1, 2, 3), optimizer="adamw", **options):
     """A trainer of a small model on six pictures and sounds."""
     documents = [[("text", word), ("image", n)]
                  for n, word in enumerate(("red", "or", "green", "or", "blue", "x"))]
     batches = data.Batches(data.Corpus(documents, {}), small.TOKENIZER, small.LAYOUT[setting],
                            small.signals(setting), small.POSITIONS, rows=4, length=32)
-    config = train.TrainConfig(steps=8, lr=1e-2, warmup=2, weight_decay=0.01, ema=0.9)
+    config = train.TrainConfig(steps=8, lr=1e-2, optimizer=optimizer, warmup=2, weight_decay=0.01,
+                               ema=0.9)
     torch.manual_seed(seed)
     return trainer.Trainer(small.randomise(small.untrained(setting, towers), seed), batches, config,
                            torch.device("cpu"), tmp_path, compiled=False, **options)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("towers", [None, (0, 1, 2, 3)], ids=["dense", "mot"])
 @pytest.mark.parametrize("setting", small.SETTINGS)
-def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(setting, towers, tmp_path):
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
+        setting, towers, optimizer, tmp_path):
     def begin(seed):
-        run = small_trainer(setting, tmp_path, seed, towers)
+        run = small_trainer(setting, tmp_path, seed, towers, optimizer)
         run.model.train()           # with noise on codes
         return run
     straight = begin(seed=0)
@@ -182,7 +185,7 @@ def test_a_step_in_parts_adds_their_gradients_and_goes_on_exactly(
     sum(losses).backward()
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in run.parameters if p.grad is not None])
-    run.optimizer.zero_grad()
+    run.zero_grad()
     found = run.train_step()
     torch.testing.assert_close(found["loss"], sum(losses).detach())
     torch.testing.assert_close(found["gradient_norm"], norm)
@@ -201,10 +204,11 @@ def weights(run):
     return {name: value.clone() for name, value in run.model.state_dict().items()}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_changes_no_weight_and_is_explained(
-        tmp_path, where):
-    run, before = small_trainer("transfusion", tmp_path, seed=0), []
+        tmp_path, where, optimizer):
+    run, before = small_trainer("transfusion", tmp_path, seed=0, optimizer=optimizer), []
 
     def broken(batch, totals):
         loss, parts = run.model.loss(batch, totals)
