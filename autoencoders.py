@@ -36,14 +36,12 @@ from worlds import tones
 
 
 def autoencoder_config(kind, config, **options):
-    """The autoencoder of a modality: what differs are channels, size and how far it goes down. With
-    64 channels in the middle, latents of frames rebuild better than with 128; codes do not."""
+    """The autoencoder of a modality: what differs are channels, size and how far it goes down."""
     shape = {"size": (config.picture_size, config.picture_size)}
     if kind == "audio":
         shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
     if kind == "video":     # a frame in 4 x 4, not 8 x 8: it shows one thing, and a clip has eight
-        width = 64 if options.get("bottleneck") == "kl" else 128
-        shape |= {"strides": ((2, 2),) * 3, "widths": (32, width, 128), "latent_channels": 8,
+        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 64, 128), "latent_channels": 8,
                   "codes": 1024}
     return VQVAEConfig(**{**shape, **options})
 
@@ -62,7 +60,8 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
     as_picture = spectrum if kind == "audio" else torch.as_tensor       # the others are pictures
     key = {"format": FORMAT, "data": hashlib.sha256(np.ascontiguousarray(stored)).hexdigest(),
            "model": dataclasses.asdict(model_config), "steps": config.steps,
-           "batch_size": config.batch_size, "lr": config.lr, "seed": config.seed}
+           "batch_size": config.batch_size, "lr": config.lr, "optimizer": config.optimizer,
+           "seed": config.seed}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
     sort = f"{model_config.bottleneck}-{data_name}" + f"-{kind}" * (kind != "image")
     folder = Path(folder or f"runs/vqvae-{sort}-{digest}")

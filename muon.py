@@ -1,4 +1,4 @@
-"""Muon: AdamW's better for the matrices of a transformer's blocks (train.py --optimizer muon).
+"""Muon: what may take AdamW's place for matrices and convolutions (train.py --optimizer muon).
 
 AdamW scales each weight's step by itself, so a few strong directions of a gradient make up most of
 a matrix's step. Muon keeps the directions of the momentum, U S V^T, and makes them all equally
@@ -12,14 +12,14 @@ The length of a step, so that AdamW's learning rate and weight decay serve Muon 
 
 import torch
 
-from machine import precision, shared_as, whole
+from machine import fast_bf16, shared_as, whole
 
 
 def orthogonalise(x, steps=5):
-    """Matrices x (N, a, b), U S V^T each, -> about U V^T: every singular value between 0.7 and 1.2.
+    """Matrices x (N, m, n), U S V^T each, -> about U V^T: every singular value between 0.7 and 1.2.
 
     Newton-Schulz: an odd polynomial of x acts on singular values alone. This one, time and again,
-    lifts small ones fast and keeps those near 1 there (b and c make it oscillate around 1).
+    a x + (b G + c G^2) x with G = x x^T, lifts small ones fast and lets large ones swing around 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
@@ -28,12 +28,13 @@ def orthogonalise(x, steps=5):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)        # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum (Nesterov's); all parameters are matrices.
+    """Steps along the orthogonalised momentum (Nesterov's). All parameters are matrices, or count
+    as one: a convolution's weight (out, in, k, k) as (out, in k k).
 
     found_inf: as in the fused AdamW, a tensor; where it is not 0 no weight changes.
     """
@@ -49,15 +50,16 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:          # a tower whose modality is absent has none
                     alike.setdefault(p.shape, []).append(p)
-            for shape, matrices in alike.items():
-                directions = torch.stack([whole(self.nesterov(p, group["momentum"]))
+            for matrices in alike.values():
+                directions = torch.stack([whole(self.nesterov(p, group["momentum"])).flatten(1)
                                           for p in matrices])
-                with precision(directions.device):
-                    directions = orthogonalise(directions)
-                length = 0.2 * max(shape) ** 0.5    # root mean square 0.2, about that of AdamW
+                if fast_bf16(p.device):         # precise enough: all shall only be about 1
+                    directions = directions.bfloat16()
+                directions = orthogonalise(directions)
+                length = 0.2 * max(directions.shape[1:]) ** 0.5     # root mean square 0.2, as AdamW
                 for p, direction in zip(matrices, directions):
                     new = whole(p) * (1 - group["lr"] * group["weight_decay"])
-                    new -= group["lr"] * length * direction
+                    new -= group["lr"] * length * direction.view_as(p)
                     p.copy_(shared_as(p, torch.where(self.found_inf > 0, whole(p), new)))
 
     def nesterov(self, p, momentum):

@@ -69,7 +69,7 @@ class TrainConfig:
     seed: int = 0                   # of everything random
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate
-    optimizer: str = ""             # adamw; or muon for the matrices of the blocks (muon.py)
+    optimizer: str = ""             # adamw, or muon for the matrices of blocks (see muon.py)
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
     weight_decay: float = None      # lr times this comes off each weight a step
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
@@ -80,10 +80,10 @@ class TrainConfig:
 
 
 # what differs by architecture and data; and the presets of --size
-PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3},
-           "vqvae-vq": {"steps": 2000, "batch_size": 32, "lr": 3e-3},
+PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer": "adamw"},
+           "vqvae-vq": {"steps": 2000, "batch_size": 32, "lr": 3e-3, "optimizer": "adamw"},
            "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
-           "vqvae-vq video": {"steps": 3600, "lr": 1.5e-3},
+           "vqvae-vq video": {"steps": 2400, "optimizer": "muon"},
            "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01,
                            "optimizer": "adamw"},
@@ -108,8 +108,8 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
               "benchmark", "arch")
 
 # training options that mean nothing to an architecture
-WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "optimizer", "warmup",
-                            "weight_decay", "ema", "accumulate", "autoencoder_steps", "channels"),
+WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
+                            "accumulate", "autoencoder_steps", "channels"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -303,7 +303,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
 def trained_like(untrained, corpus, held_out, config, name, device):
     """{kind: VQVAE} -> the same, trained on a corpus: on first use, then kept."""
     config = dataclasses.replace(config, steps=config.autoencoder_steps, batch_size=0, lr=0.0,
-                                 accumulate=1, optimizer="adamw")
+                                 accumulate=1, optimizer="")
     trained = {}
     for kind, model in untrained.items():
         preset = f"vqvae-{model.config.bottleneck}"

@@ -35,7 +35,7 @@ SHOWN = ("text", "image", "audio", "video", "reconstruction")      # losses besi
 
 
 class Trainer:
-    """AdamW (0.9, 0.95), for blocks Muon if the config says so, warm-up, cosine, clip 1.0, averaged
+    """AdamW (0.9, 0.95), or Muon for the matrices of blocks, warm-up, cosine, clip 1.0, averaged
     weights; any such model.
 
     Within a step nothing waits for the device: losses stay on it, read every `log_every` steps.
@@ -67,7 +67,8 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         matrices = set()
         if config.optimizer == "muon":
-            matrices = {p for p in model.blocks.parameters() if p.requires_grad and p.ndim == 2}
+            hidden = getattr(model, "blocks", model)    # an autoencoder has no embeddings
+            matrices = {p for p in hidden.parameters() if p.requires_grad and p.ndim > 1}
         self.optimizers = [torch.optim.AdamW(
             [p for p in self.parameters if p not in matrices], lr=config.lr, betas=(0.9, 0.95),
             weight_decay=config.weight_decay, fused=True)]

@@ -32,7 +32,8 @@ COMMANDS = {"two": [__file__],
 
 def begin(setting, folder, accumulate=1, sharded=False):
     """A small model's trainer, in fp32; Chameleon's blocks learn by Muon."""
-    trainer.precision = muon.precision = lambda device: contextlib.nullcontext()
+    trainer.precision = lambda device: contextlib.nullcontext()
+    muon.fast_bf16 = lambda device: False
     optimizer = "muon" if setting == "chameleon" else "adamw"
     with mock.patch.dict(small.SIZE, depth=1):
         run = small_trainer(setting, folder, seed=0, optimizer=optimizer, sharded=sharded)
@@ -130,8 +131,8 @@ def two(ended):
 @pytest.mark.parametrize("setting", small.SETTINGS)
 def test_two_processes_have_the_losses_and_weights_of_one(two, setting, layout, tmp_path,
                                                           monkeypatch):
-    for module in (trainer, muon):
-        monkeypatch.setattr(module, "precision", module.precision)      # put back afterwards
+    monkeypatch.setattr(trainer, "precision", trainer.precision)        # put back afterwards
+    monkeypatch.setattr(muon, "fast_bf16", muon.fast_bf16)
     expected, state = losses_of(begin(setting, tmp_path, accumulate=2))
     assert len(set(expected)) == STEPS and expected[-1] < expected[0]
     for losses, found in (kept[setting][layout] for kept in two):
