@@ -81,9 +81,9 @@ class TrainConfig:
 
 # what differs by architecture and data; and the presets of --size
 PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer": "adamw"},
-           "vqvae-vq": {"steps": 2000, "batch_size": 32, "lr": 3e-3, "optimizer": "adamw"},
-           "vqvae-vq audio": {"steps": 1600, "lr": 1.5e-3},
-           "vqvae-vq video": {"steps": 2400, "optimizer": "muon"},
+           "vqvae-vq": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer": "muon"},
+           "vqvae-vq audio": {"steps": 1000},
+           "vqvae-vq video": {"steps": 2400},
            "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01,
                            "optimizer": "adamw"},
