@@ -528,7 +528,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, shown", [
     (["chameleon"], {"steps": "2700", "weight-decay": "0.4", "heads": "8"}),
-    (["chameleon", "--data", "all"], {"steps": "9000", "optimizer": "muon", "heads": "8"}),
+    (["chameleon", "--data", "all"], {"steps": "10000", "optimizer": "muon", "heads": "8"}),
     (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
     (["mot", "--setting", "chameleon"], {"lr": "0.003", "code-noise": "0.6"}),
     (["vqvae", "--bottleneck", "kl"], {"steps": "1200"})])
