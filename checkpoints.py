@@ -22,7 +22,7 @@ from machine import fast_bf16
 from system import MODELS, System, build, layout_of
 from vqvae import VQVAE, Codec, VQVAEConfig
 
-FORMAT = 4                  # of checkpoints; raised when what they hold changes
+FORMAT = 5                  # of checkpoints; raised when what they hold changes
 
 # --- what a run writes ---------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class TrainConfig:
     seed: int = 0                   # of everything random
     device: str = "auto"            # auto, cpu, cuda or mps
     lr: float = 0.0                 # peak learning rate
-    optimizer: str = ""             # adamw, or muon for the matrices of blocks (see muon.py)
+    optimizer: str = ""             # adamw, or muon for the matrices of inner layers (muon.py)
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
     weight_decay: float = None      # lr times this comes off each weight a step
     ema: float = 0.998              # decay of the averaged weights that scores and samples use

@@ -181,6 +181,7 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--steps", "many"], "many"), (["mot", "--step", "5"], "--step"),
     (["mot", "--steps", "0"], "--steps"), (["mot", "--batch-size", "0"], "--batch-size"),
     (["vqvae", "--steps", "-3"], "--steps"), (["mot", "--cases", "0"], "--cases"),
+    (["mot", "--optimizer", "sgd"], "--optimizer"),
     (["mot", "--setting", "vqvae"], "--setting"), (["mot", "--setting"], "--setting"),
     (["mot", "--size", "huge"], "huge"), (["mot", "--device", "tpu"], "tpu"),
     (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
