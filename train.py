@@ -102,6 +102,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
+MODEL_PRESETS = {"chameleon all": {"reading_weight": 20.0}}     # the same, of a model's own options
 
 # training options that may differ when a run goes on; what else is given must be as it was
 MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out", "fsdp", "resume",
@@ -250,7 +251,8 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     they were made: to measure speed.
     """
     _, config_class, bottleneck = MODELS[arch, setting]
-    model_config = config_class(**{**SIZES[config.size], **model_options})
+    model_config = config_class(**{**SIZES[config.size],
+                                   **MODEL_PRESETS.get(f"{setting} {name}", {}), **model_options})
     if model_config.width % (2 * model_config.heads):
         raise InputError(f"--width {model_config.width} does not split into {model_config.heads} "
                          "heads of even width; change --width or --heads")
@@ -419,7 +421,7 @@ def arguments(argv):
     groups, preset = {"training": TrainConfig}, setting if arch == "mot" else arch
     preset = f"vqvae-{known.bottleneck}" if arch == "vqvae" else preset
     for name in (preset, f"{preset} {known.data}", *[known.size] * (arch != "vqvae")):
-        presets |= PRESETS.get(name, {}) | SIZES.get(name, {})
+        presets |= PRESETS.get(name, {}) | SIZES.get(name, {}) | MODEL_PRESETS.get(name, {})
     if arch:
         groups["model"] = VQVAEConfig if arch == "vqvae" else MODELS.get(
             (arch, setting if arch == "mot" else arch), (0, TransfusionConfig))[1]
