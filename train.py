@@ -102,7 +102,7 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
-MODEL_PRESETS = {"chameleon all": {"reading_weight": 20.0}}     # the same, of a model's own options
+MODEL_PRESETS = {"chameleon all": {"reading_weight": 12.0}}     # the same, of a model's own options
 
 # training options that may differ when a run goes on; what else is given must be as it was
 MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out", "fsdp", "resume",

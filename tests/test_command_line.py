@@ -530,7 +530,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 @pytest.mark.parametrize("argv, shown", [
     (["chameleon"], {"steps": "2700", "weight-decay": "0.4", "heads": "8"}),
     (["chameleon", "--data", "all"], {"steps": "10000", "optimizer": "muon",
-                                      "reading-weight": "20.0"}),
+                                      "reading-weight": "12.0"}),
     (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
     (["mot", "--setting", "chameleon"], {"lr": "0.003", "code-noise": "0.6"}),
     (["vqvae", "--bottleneck", "kl"], {"steps": "1200"})])
@@ -555,7 +555,7 @@ def test_presets_fill_in_what_was_not_given_and_nothing_else():
 
 def test_presets_of_a_model_hold_for_its_data_unless_given():
     corpus = corpora.toy_corpus("all", np.random.default_rng(0), 60)
-    for name, given, expected in (("all", {}, 20.0), ("all", {"reading_weight": 3.0}, 3.0),
+    for name, given, expected in (("all", {}, 12.0), ("all", {"reading_weight": 3.0}, 3.0),
                                   ("own", {}, 8.0)):
         config = train.TrainConfig(batch_size=8, picture_size=32)
         model, *_ = train.prepare("chameleon", "chameleon", config, given, corpus, None, name,
