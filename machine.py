@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data import InputError
@@ -94,20 +93,27 @@ def from_first(make):
     return made[0]
 
 
+def is_shared(x):
+    """Whether processes hold shares of it: a DTensor, whose import would take a second."""
+    return hasattr(x, "full_tensor")
+
+
 def whole(x):
     """A tensor in one piece, where processes hold shares of it; anything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_shared(x) else x
 
 
 def own(x):
     """The share of a tensor that this process holds."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_shared(x) else x
 
 
 def shared_as(mine, x):
     """A whole tensor -> held as another one is, in shares or not."""
-    return (distribute_tensor(x.to(mine.device), mine.device_mesh, mine.placements)
-            if isinstance(mine, DTensor) else x)
+    if not is_shared(mine):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.to(mine.device), mine.device_mesh, mine.placements)
 
 
 def precision(device):
