@@ -12,7 +12,7 @@ The length of a step, so that AdamW's learning rate and weight decay serve Muon 
 
 import torch
 
-from machine import fast_bf16, shared_as, whole
+from machine import fast_bf16, own, shared_as, whole
 
 
 def orthogonalise(x, steps=5):
@@ -53,14 +53,15 @@ class Muon(torch.optim.Optimizer):
             for matrices in alike.values():
                 directions = torch.stack([whole(self.nesterov(p, group["momentum"])).flatten(1)
                                           for p in matrices])
-                if fast_bf16(p.device):         # precise enough: all shall only be about 1
+                if fast_bf16(directions.device):        # precise enough: all shall be about 1
                     directions = directions.bfloat16()
                 directions = orthogonalise(directions)
                 length = 0.2 * max(directions.shape[1:]) ** 0.5     # root mean square 0.2, as AdamW
                 for p, direction in zip(matrices, directions):
-                    new = whole(p) * (1 - group["lr"] * group["weight_decay"])
-                    new -= group["lr"] * length * direction.view_as(p)
-                    p.copy_(shared_as(p, torch.where(self.found_inf > 0, whole(p), new)))
+                    mine = own(p)
+                    new = mine * (1 - group["lr"] * group["weight_decay"])
+                    new -= group["lr"] * length * own(shared_as(p, direction.view(p.shape)))
+                    mine.copy_(torch.where(self.found_inf > 0, mine, new))
 
     def nesterov(self, p, momentum):
         """The next momentum, seen one step ahead."""

@@ -251,8 +251,8 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     they were made: to measure speed.
     """
     _, config_class, bottleneck = MODELS[arch, setting]
-    model_config = config_class(**{**SIZES[config.size],
-                                   **MODEL_PRESETS.get(f"{setting} {name}", {}), **model_options})
+    model_config = config_class(**{**MODEL_PRESETS.get(f"{setting} {name}", {}),
+                                   **SIZES[config.size], **model_options})
     if model_config.width % (2 * model_config.heads):
         raise InputError(f"--width {model_config.width} does not split into {model_config.heads} "
                          "heads of even width; change --width or --heads")

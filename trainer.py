@@ -103,12 +103,8 @@ class Trainer:
         except Exception as error:      # no working compiler: slower, not wrong
             self.loss = self.model.loss
             say(f"torch.compile failed ({type(error).__name__}); running without it")
-        self.zero_grad()
+        self.model.zero_grad()
         self.batches.state = state      # the batch above never happened
-
-    def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
 
     @property
     def samples(self):
@@ -160,7 +156,7 @@ class Trainer:
         self.failed.copy_((self.failed + ~(losses["loss"] + norm).isfinite()) > 0)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.zero_grad()
+        self.model.zero_grad()
         self.step += 1
         decay = min(self.config.ema, self.step / (self.step + 9))   # short at first: drop the start
         with torch.no_grad():

@@ -185,7 +185,7 @@ def test_a_step_in_parts_adds_their_gradients_and_goes_on_exactly(
     sum(losses).backward()
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in run.parameters if p.grad is not None])
-    run.zero_grad()
+    run.model.zero_grad()
     found = run.train_step()
     torch.testing.assert_close(found["loss"], sum(losses).detach())
     torch.testing.assert_close(found["gradient_norm"], norm)
