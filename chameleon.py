@@ -37,6 +37,7 @@ class ChameleonConfig:
     rope_theta: float = 10_000.0    # base of the rotary frequencies
     z_loss: float = 1e-5            # weight of (log Z)^2 (Sec. 2.3)
     reading_weight: float = 8.0     # in the loss, of a word behind a picture to be read; others: 1
+    text_only_weight: float = 1.0   # of a word of a document of words alone
     shown_weight: float = 1.0       # of a code that opens its document: a picture to be read
     code_noise: float = 0.6         # largest share of a drawn image's codes replaced in its input
 
@@ -303,9 +304,12 @@ class Chameleon(nn.Module):
 
         It depends on where a target stands, not on what it is: the best prediction stays the same.
         """
-        shown = batch.shown_positions(self.span_lengths)                            # (B, T)
-        reading = (attention_mask(batch.document)[:, 0] & shown[:, None]).any(-1)   # may look at it
-        words = torch.where(reading, self.config.reading_weight, 1.0)
+        shown, span = batch.shown_positions(self.span_lengths), batch.modality > 0  # (B, T)
+        before = attention_mask(batch.document)[:, 0]                               # (B, T, T)
+        reading = (before & shown[:, None]).any(-1)                 # may look at what is shown
+        alone = ~((before | before.mT) & span[:, None]).any(-1)     # in a document without spans
+        words = torch.where(reading, self.config.reading_weight,
+                            torch.where(alone, self.config.text_only_weight, 1.0))
         codes = torch.where(F.pad(shown[:, 1:], (0, 1)), self.config.shown_weight, 1.0)
         is_text = batch.targets < self.layout.first_code
         return torch.where(is_text, words, codes) * (batch.targets >= 0)

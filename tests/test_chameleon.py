@@ -243,9 +243,10 @@ def test_each_modality_has_places_of_its_own_and_text_has_none(model, monkeypatc
 
 # --- the loss ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("shown_weight", [1.0, 0.3])
-def test_the_loss_against_a_loop_over_positions(shown_weight):
-    model, batch = small.model("chameleon", shown_weight=shown_weight), pack(spans=small.PADDED)
+@pytest.mark.parametrize("shown_weight, text_only_weight", [(1.0, 1.0), (0.3, 3.0)])
+def test_the_loss_against_a_loop_over_positions(shown_weight, text_only_weight):
+    model = small.model("chameleon", shown_weight=shown_weight, text_only_weight=text_only_weight)
+    batch = pack(spans=small.PADDED)
     opening = {(0, 2), (0, 4), (1, 1)}          # of small.ROWS: row and number of such a span
     loss, parts = model.loss(batch)
     logits = model.head(model(batch)).double()
@@ -261,8 +262,10 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
                 reading = any((b, batch.span[b, j].item()) in opening for j in range(i + 1)
                               if batch.document[b, j] == batch.document[b, i])
                 shown = (b, batch.span[b, i + 1].item()) in opening
-                weights.append((8 if reading else 1) if name == "text" else
-                               shown_weight if shown else 1)
+                alone = not any(batch.span[b, j] > 0 for j in range(small.LENGTH)
+                                if batch.document[b, j] == batch.document[b, i])
+                weights.append((8 if reading else text_only_weight if alone else 1)
+                               if name == "text" else shown_weight if shown else 1)
                 losses.append(errors[name][-1])
                 if name == "text":
                     right.append(logits[b, i].argmax().item() == following)
@@ -271,7 +274,7 @@ def test_the_loss_against_a_loop_over_positions(shown_weight):
         assert parts[name].item() == pytest.approx(mean, rel=1e-5)
     assert parts["text_accuracy"].item() == pytest.approx(sum(right) / len(right))
     assert parts["log_z_squared"].item() == pytest.approx(sum(z) / len(z), rel=1e-5)
-    assert set(weights) == {8, 1, shown_weight}
+    assert set(weights) == {8, 1, shown_weight, text_only_weight}
     expected = sum(w * (loss_i + 1e-5 * z_i) for w, loss_i, z_i in zip(weights, losses, z))
     assert loss.item() == pytest.approx(expected / sum(weights), rel=1e-5)
 
