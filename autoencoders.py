@@ -147,7 +147,7 @@ def parts_of(config):
 
 
 def autoencoder_scores(kind, model, corpus, held_out, config, device):
-    """How well it rebuilds signals of its modality, and how an epoch of them uses the codes."""
+    """How well it rebuilds signals of its modality, and how thousands of them use the codes."""
     frames = frames_of(kind, corpus)
     codecs, report = Codecs({kind: Codec(kind, model, frames)}, device), {}
     if held_out is None:
@@ -155,7 +155,7 @@ def autoencoder_scores(kind, model, corpus, held_out, config, device):
     elif kind in held_out.signals:
         report = scores.score_psnr(codecs, kind, held_out, config.cases)
     if model.config.bottleneck == "vq":
-        codes = codecs.encode(kind, corpus.signals[kind][:40_000 // frames])    # of clips: a part
+        codes = codecs.encode(kind, corpus.signals[kind][:8000 // frames])
         report["perplexity"], report["codes_used"] = code_usage(codes, model.config.codes)
     return report
 
