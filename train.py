@@ -72,6 +72,7 @@ class TrainConfig:
     optimizer: str = ""             # adamw, or muon for the matrices of inner layers (muon.py)
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
     weight_decay: float = None      # lr times this comes off each weight a step
+    caption_dropout: float = None   # share of pairs that go without words: guidance's null branch
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
     save_every: int = 1000          # steps from save to save, or a minute if that is less
@@ -86,9 +87,9 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "vqvae-vq video": {"steps": 2400},
            "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01,
-                           "optimizer": "adamw"},
+                           "optimizer": "adamw", "caption_dropout": 0.1},
            "chameleon": {"steps": 2700, "batch_size": 16, "lr": 3e-3, "weight_decay": 0.4,
-                         "optimizer": "adamw"},
+                         "optimizer": "adamw", "caption_dropout": 0.1},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
@@ -96,13 +97,14 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon all": {"steps": 10_000, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
-                             "optimizer": "muon"},
+           "chameleon all": {"steps": 7200, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
+                             "optimizer": "muon", "caption_dropout": 0.0},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
-MODEL_PRESETS = {"chameleon all": {"reading_weight": 12.0}}     # the same, of a model's own options
+# the same, of a model's own options
+MODEL_PRESETS = {"chameleon all": {"reading_weight": 25.0, "text_only_weight": 4.0}}
 
 # training options that may differ when a run goes on; what else is given must be as it was
 MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out", "fsdp", "resume",
@@ -110,7 +112,7 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "accumulate", "autoencoder_steps", "channels"),
+                            "accumulate", "autoencoder_steps", "channels", "caption_dropout"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -276,7 +278,7 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)
     encoded = {}        # filled below: that batches can be is seen before anything is trained
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
-                       rows.length, config.seed) for rows in plans]
+                       rows.length, config.seed, drop=config.caption_dropout) for rows in plans]
     parts = config.accumulate * world()
     batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     if saved:
