@@ -302,12 +302,15 @@ class Chameleon(nn.Module):
     def weights(self, batch):
         """What each target counts in the loss: 0 where there is none; (B, T).
 
-        It depends on where a target stands, not on what it is: the best prediction stays the same.
+        It depends on what stands before a target, not on what it is: the best prediction stays the
+        same. (A document's first word weighs 1: as it tells whether spans will follow, what it is
+        would matter.)
         """
         shown, span = batch.shown_positions(self.span_lengths), batch.modality > 0  # (B, T)
         before = attention_mask(batch.document)[:, 0]                               # (B, T, T)
         reading = (before & shown[:, None]).any(-1)                 # may look at what is shown
         alone = ~((before | before.mT) & span[:, None]).any(-1)     # in a document without spans
+        alone &= batch.tokens != self.layout.bos
         words = torch.where(reading, self.config.reading_weight,
                             torch.where(alone, self.config.text_only_weight, 1.0))
         codes = torch.where(F.pad(shown[:, 1:], (0, 1)), self.config.shown_weight, 1.0)

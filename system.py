@@ -37,21 +37,20 @@ class Codecs:
     def encode(self, name, signals):
         """Signals of a modality, stored or as its codec takes them -> codes or latents, on the CPU.
         """
-        return self.in_parts(name, lambda part: self.codecs[name].encode(
+        return self.in_parts(lambda part: self.codecs[name].encode(
             to_signal(part).to(self.device)), torch.as_tensor(signals))
 
     def decode(self, name, encoded):
-        return self.in_parts(name, lambda part: self.codecs[name].decode(part.to(self.device)),
-                             encoded)
+        return self.in_parts(lambda part: self.codecs[name].decode(part.to(self.device)), encoded)
 
     @torch.no_grad()
-    def in_parts(self, name, function, rows):
-        """function(rows), some 64 pictures at a time, written into one tensor on the CPU.
+    def in_parts(self, function, rows, batch=64):
+        """function(rows), a batch at a time, written into one tensor on the CPU.
 
         What a few need fits a processor's cache. Were their results kept in a list, they would lie
         between what each batch needs for a moment, and memory would grow by gigabytes.
         """
-        whole, batch = None, max(1, 64 // self.codecs[name].frames)
+        whole = None
         with precision(self.device):
             for start in range(0, max(1, len(rows)), batch):
                 part = function(rows[start:start + batch])

@@ -262,8 +262,9 @@ def test_the_loss_against_a_loop_over_positions(shown_weight, text_only_weight):
                 reading = any((b, batch.span[b, j].item()) in opening for j in range(i + 1)
                               if batch.document[b, j] == batch.document[b, i])
                 shown = (b, batch.span[b, i + 1].item()) in opening
-                alone = not any(batch.span[b, j] > 0 for j in range(small.LENGTH)
-                                if batch.document[b, j] == batch.document[b, i])
+                alone = batch.tokens[b, i] != model.layout.bos and not any(
+                    batch.span[b, j] > 0 for j in range(small.LENGTH)
+                    if batch.document[b, j] == batch.document[b, i])
                 weights.append((8 if reading else text_only_weight if alone else 1)
                                if name == "text" else shown_weight if shown else 1)
                 losses.append(errors[name][-1])
