@@ -180,6 +180,7 @@ def refused(capsys, main, *argv, place="."):
     (["mot", "--stesp", "5"], "--stesp"),
     (["mot", "--steps", "many"], "many"), (["mot", "--step", "5"], "--step"),
     (["mot", "--steps", "0"], "--steps"), (["mot", "--batch-size", "0"], "--batch-size"),
+    (["mot", "--caption-dropout", "nan"], "--caption-dropout"),
     (["vqvae", "--steps", "-3"], "--steps"), (["mot", "--cases", "0"], "--cases"),
     (["mot", "--optimizer", "sgd"], "--optimizer"),
     (["mot", "--setting", "vqvae"], "--setting"), (["mot", "--setting"], "--setting"),
@@ -557,10 +558,10 @@ def test_presets_of_a_model_hold_for_its_data_unless_given():
     corpus = corpora.toy_corpus("all", np.random.default_rng(0), 60)
     for name, given, expected in (("all", {}, 25.0), ("all", {"reading_weight": 3.0}, 3.0),
                                   ("own", {}, 8.0)):
-        config = train.TrainConfig(batch_size=8, picture_size=32, caption_dropout=0.1)
-        model, *_ = train.prepare("chameleon", "chameleon", config, given, corpus, None, name,
-                                  torch.device("cpu"), trained=False)
-        assert model.config.reading_weight == expected
+        config = train.TrainConfig(batch_size=8, picture_size=32, caption_dropout=0.25)
+        model, batches, *_ = train.prepare("chameleon", "chameleon", config, given, corpus, None,
+                                           name, torch.device("cpu"), trained=False)
+        assert model.config.reading_weight == expected and batches.drop == 0.25
 
 
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():

@@ -365,6 +365,12 @@ def test_rows_that_cannot_hold_what_every_batch_must_are_refused():
                      small.signals("transfusion", 1), small.POSITIONS, 1, 32)
 
 
+def test_no_more_pairs_go_without_words_than_are_not_read():
+    with pytest.raises(data.InputError, match="--caption-dropout is 0.7; it must be 0.6 or less"):
+        data.Batches(captioned(8), small.TOKENIZER, small.LAYOUT["transfusion"],
+                     small.signals("transfusion", 8), small.POSITIONS, 4, 32, drop=0.7)
+
+
 def test_streams_go_on_in_turn_when_a_batch_has_other_parts():
     def stream(name):
         return types.SimpleNamespace(state={}, name=name, epoch=2 - name)
