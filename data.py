@@ -312,8 +312,8 @@ class Batches:
     def __init__(self, corpus, tokenizer, layout, encoded, positions, rows, length, seed=0,
                  read=0.4, drop=0.1):
         if read + drop > 1:
-            raise InputError(f"--caption-dropout is {drop}; it must be {1 - read} or less: of the "
-                             f"pairs a share of {read} is read")
+            raise InputError(f"--read-share {read} and --caption-dropout {drop} are more than all "
+                             "pairs together; lower one of them")
         self.layout, self.encoded, self.positions = layout, encoded, positions
         self.rows, self.length, self.seed, self.read, self.drop = rows, length, seed, read, drop
         groups = {}

@@ -72,6 +72,7 @@ class TrainConfig:
     optimizer: str = ""             # adamw, or muon for the matrices of inner layers (muon.py)
     warmup: int = 100               # steps until the peak; then a cosine down to a hundredth of it
     weight_decay: float = None      # lr times this comes off each weight a step
+    read_share: float = None        # share of pairs that are read: the signal first, then its words
     caption_dropout: float = None   # share of pairs that go without words: guidance's null branch
     ema: float = 0.998              # decay of the averaged weights that scores and samples use
     autoencoder_steps: int = 0      # of the autoencoder trained on first use (default: vqvae's)
@@ -87,9 +88,9 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "vqvae-vq video": {"steps": 2400},
            "vqvae-kl video": {"steps": 2400},
            "transfusion": {"steps": 3600, "batch_size": 20, "lr": 2.5e-3, "weight_decay": 0.01,
-                           "optimizer": "adamw", "caption_dropout": 0.1},
+                           "optimizer": "adamw", "read_share": 0.4, "caption_dropout": 0.1},
            "chameleon": {"steps": 2700, "batch_size": 16, "lr": 3e-3, "weight_decay": 0.4,
-                         "optimizer": "adamw", "caption_dropout": 0.1},
+                         "optimizer": "adamw", "read_share": 0.4, "caption_dropout": 0.1},
            "transfusion tones": {"steps": 3000, "batch_size": 30},
            "transfusion motion": {"steps": 3000, "batch_size": 20},
            "transfusion stories": {"steps": 3000, "batch_size": 30},
@@ -97,8 +98,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon all": {"steps": 7300, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
-                             "optimizer": "muon", "caption_dropout": 0.0},
+           "chameleon all": {"steps": 7100, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
+                             "optimizer": "muon", "read_share": 0.43, "caption_dropout": 0.0},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
@@ -112,7 +113,8 @@ MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out
 
 # training options that mean nothing to an architecture
 WITHOUT_EFFECT = {"vqvae": ("setting", "towers", "context", "size", "warmup", "weight_decay", "ema",
-                            "accumulate", "autoencoder_steps", "channels", "caption_dropout"),
+                            "accumulate", "autoencoder_steps", "channels", "read_share",
+                            "caption_dropout"),
                   "chameleon": ("setting", "towers"), "transfusion": ("setting", "towers")}
 
 
@@ -278,7 +280,8 @@ def prepare(arch, setting, config, model_options, corpus, held_out, name, device
     plans = plan_rows(corpus, tokenizer, model.span_lengths, parts_of(config), config.context)
     encoded = {}        # filled below: that batches can be is seen before anything is trained
     streams = [Batches(rows.corpus, tokenizer, layout, encoded, model.span_lengths, rows.count,
-                       rows.length, config.seed, drop=config.caption_dropout) for rows in plans]
+                       rows.length, config.seed, config.read_share, config.caption_dropout)
+               for rows in plans]
     parts = config.accumulate * world()
     batches = Alternate(streams, parts) if len(streams) > 1 else streams[0]
     if saved:

@@ -366,7 +366,7 @@ def test_rows_that_cannot_hold_what_every_batch_must_are_refused():
 
 
 def test_no_more_pairs_go_without_words_than_are_not_read():
-    with pytest.raises(data.InputError, match="--caption-dropout is 0.7; it must be 0.6 or less"):
+    with pytest.raises(data.InputError, match="--read-share 0.4 and --caption-dropout 0.7"):
         data.Batches(captioned(8), small.TOKENIZER, small.LAYOUT["transfusion"],
                      small.signals("transfusion", 8), small.POSITIONS, 4, 32, drop=0.7)
 
