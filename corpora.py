@@ -127,7 +127,7 @@ def toy_corpus(name, rng, examples=0, size=32):
     """
     table, count = Table(rng, size), examples or EXAMPLES[name]
     if name in ("shapes", "all"):
-        shapes_documents(table, count if name == "shapes" else count * 35 // 100)
+        shapes_documents(table, count if name == "shapes" else count * 38 // 100)
     if name in ("tones", "all"):
         pair_documents(table, "audio", count if name == "tones" else count * 3 // 40)
     if name in ("motion", "all"):

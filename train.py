@@ -98,8 +98,8 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon all": {"steps": 7100, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
-                             "optimizer": "muon", "read_share": 0.43, "caption_dropout": 0.0},
+           "chameleon all": {"steps": 7300, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
+                             "optimizer": "muon", "caption_dropout": 0.0},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
