@@ -9,7 +9,7 @@ Papers: van den Oord et al. 2017, "Neural Discrete Representation Learning" (arX
 Rombach et al. 2021, "Latent Diffusion" (arXiv 2112.10752) for the KL twin.
 As in the paper: nearest code, straight-through gradient, commitment 0.25.
 Instead of the codebook loss, the paper's own alternative: an EMA codebook (App. A.1).
-Added: dead codes restart at a random encoder output (Jukebox, arXiv 2005.00341, Sec. 3); the kl
+Added: dead codes restart at an encoder output (Jukebox, arXiv 2005.00341, Sec. 3); the kl
 decoder learns from noisy latents (RAE, arXiv 2510.11690), since drawn ones are a little off.
 Left out: perceptual and adversarial losses (VQGAN); our pictures are flat enough without them.
 The encoder and decoder are the same for both, so that what quantizing loses can be seen alone:
@@ -180,9 +180,11 @@ class CodebookBottleneck(nn.Module):
 
     @torch.no_grad()
     def revive(self, z_e):
-        """Codes that (almost) nothing chooses any more restart at random encoder outputs."""
+        """Codes that (almost) nothing chooses any more restart at encoder outputs: the likelier at
+        one, the farther from it all codes are (k-means++), so that few share a plain background."""
         dead = self.count < self.config.dead_below
-        picks = z_e[torch.randint(len(z_e), (self.config.codes,), device=z_e.device)]   # (K, C)
+        error = (z_e - quantize(z_e, self.codebook)[1]).square().sum(1) + 1e-12         # (N,)
+        picks = z_e[torch.multinomial(error, self.config.codes, replacement=True)]      # (K, C)
         if dist.is_initialized():       # several processes have one codebook: the first one's picks
             dist.broadcast(picks, 0)
         self.codebook.copy_(torch.where(dead[:, None], picks, self.codebook))
