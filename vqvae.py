@@ -183,7 +183,8 @@ class CodebookBottleneck(nn.Module):
         """Codes that (almost) nothing chooses any more restart at encoder outputs: the likelier at
         one, the farther from it all codes are (k-means++), so that few share a plain background."""
         dead = self.count < self.config.dead_below
-        error = (z_e - quantize(z_e, self.codebook)[1]).square().sum(1) + 1e-12         # (N,)
+        error = (z_e - quantize(z_e, self.codebook)[1]).square().sum(1)                 # (N,)
+        error = error.nan_to_num(0.0).clamp(1e-12, 1e30)    # of what is not finite the trainer says
         picks = z_e[torch.multinomial(error, self.config.codes, replacement=True)]      # (K, C)
         if dist.is_initialized():       # several processes have one codebook: the first one's picks
             dist.broadcast(picks, 0)

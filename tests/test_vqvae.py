@@ -185,6 +185,11 @@ def test_dead_codes_restart_where_all_codes_are_far():
         assert (code == things).all(1).any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_outputs_that_are_not_finite_are_left_to_the_trainer_to_explain(value):
+    bottleneck_with(torch.zeros(8, 4), dead_below=0.1).revive(torch.full((20, 4), value))
+
+
 def test_the_first_batch_in_training_places_every_code(pictures):
     model = fitted("vq", pictures)
     z_e = model.encoder(pictures).permute(0, 2, 3, 1).flatten(0, 2)
