@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from adapter import PROGRAM, load
@@ -23,7 +24,8 @@ from adapter import PROGRAM, load
 autoencoders, checkpoints, system = load("autoencoders"), load("checkpoints"), load("system")
 corpora, data, machine, media = load("corpora"), load("data"), load("machine"), load("media")
 sample, show, train, trainer = load("sample"), load("show"), load("train"), load("trainer")
-mot, tones = load("mot"), load("worlds.tones")
+mot, vqvae = load("mot"), load("vqvae")
+motion, tones = load("worlds.motion"), load("worlds.tones")
 
 SYSTEMS = {"chameleon": ["chameleon"], "transfusion": ["transfusion"], "mot": ["mot"],
            "mot-chameleon": ["mot", "--setting", "chameleon"]}
@@ -792,6 +794,27 @@ def test_towers_that_are_shared_are_trained_saved_and_loaded(mixed, monkeypatch,
     assert three["active_parameters"] == four["active_parameters"]
 
 
+@pytest.mark.parametrize("data, kind", [("tones", "audio"), ("motion", "video")])
+def test_a_world_of_sounds_or_clips_alone_is_trained_on_drawn_and_scored(
+        tmp_path, monkeypatch, data, kind):
+    monkeypatch.chdir(tmp_path)
+    drawn, draw = [], show.draw_signal
+    monkeypatch.setattr(show, "draw_signal", lambda axis, name, signal, title="": (
+        drawn.append((name, signal.shape)), draw(axis, name, signal, title)))
+    call(train.main, "mot", "--data", data, "--examples", 60, "--steps", 2, "--cases", 2,
+         "--autoencoder-steps", 2, "--batch-size", 4, *SMALL[2:])
+    run = Path(f"runs/mot-{data}")
+    report = json.loads((run / "report.json").read_text())
+    for score in ("generation_exact", "generation_exact_heldout", "caption_exact",
+                  "reconstruction_exact"):
+        assert report[f"{kind}_{score}_n"] and 0 <= report[f"{kind}_{score}"] <= 1
+        assert score not in report                                  # that is of pictures
+    assert FILES | {"transcript.md"} <= {path.name for path in run.iterdir()}
+    assert {"text", kind} <= metrics(run)[0].keys()
+    shape = {"audio": (1, tones.LENGTH), "video": (8, 3, 32, 32)}[kind]
+    assert len(drawn) >= 4 and set(drawn) == {(kind, shape)}        # true ones and generated ones
+
+
 def test_words_alone_are_trained_on_and_scored_beside_their_entropy(tmp_path, monkeypatch, plain):
     monkeypatch.chdir(tmp_path)
     call(train.main, "mot", "--data", "stories", "--examples", 60, "--steps", 2, "--cases", 4,
@@ -841,6 +864,24 @@ def test_the_main_job_at_a_few_steps_as_a_reader_runs_it(main_job):
     assert (report["setting"], report["data"], report["seed"]) == ("transfusion", "shapes", 0)
     assert FILES | {"transcript.md"} <= {path.name for path in folder.iterdir()}
     assert (folder / "progress/step-000001.png").is_file()
+
+
+def test_a_sound_is_shown_by_its_waveform_and_spectrum_and_a_clip_frame_by_frame():
+    rng, axes = np.random.default_rng(0), Figure().subplots(1, 2)
+    sound = tones.render(tones.sample(rng), rng)
+    show.draw_signal(axes[0], "audio", sound)
+    wave, spectrum = axes[0].child_axes
+    assert np.array_equal(wave.lines[0].get_ydata(), sound[0])
+    shown = vqvae.spectrum(torch.from_numpy(sound)[None])[0, 0].numpy()
+    assert np.array_equal(spectrum.images[0].get_array(), shown)
+    assert spectrum.images[0].origin == "lower"                     # high notes are high up
+    clip = motion.render(motion.Scene("grey", "small", "red", "circle", "moves fast", "right"), rng)
+    show.draw_signal(axes[1], "video", clip)
+    strip = axes[1].images[0].get_array()
+    places = [min(left for left in range(strip.shape[1] - 31)       # where each frame is
+                  if np.array_equal(strip[2:34, left:left + 32], frame.transpose(1, 2, 0)))
+              for frame in data.to_bytes(clip)]
+    assert places == sorted(set(places)) and min(np.diff(places)) > 32
 
 
 def test_there_are_no_curves_before_the_first_row(tmp_path):

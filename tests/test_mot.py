@@ -171,6 +171,19 @@ def test_a_tower_gets_a_gradient_if_and_only_if_its_modality_is_in_the_batch(
             assert parameter.grad is None, name
 
 
+@both
+@pytest.mark.parametrize("rows, present", [(TEXT, {0}), (PICTURES, {0, IMAGE}),
+                                           (CLIPS, {0, VIDEO}), (SCORED, {0, AUDIO, VIDEO})])
+def test_the_padding_of_spans_that_are_kept_free_gives_no_tower_a_gradient(setting, rows, present):
+    model, batch = small.model(setting, EVERY), small.pack(setting, rows, small.PADDED)
+    assert batch.modality.unique().tolist() == [0, IMAGE, AUDIO, VIDEO]
+    losses(model, batch)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        tower = towers_of(name)[1]
+        if tower is not None:
+            assert bool(parameter.grad.any()) == (tower in present), name
+
+
 def scramble(model, tower):
     with torch.no_grad():
         for name, parameter in model.named_parameters():

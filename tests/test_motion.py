@@ -305,6 +305,11 @@ def test_noise_is_unreadable():
     unreadable(np.tile(rng.uniform(-1, 1, (3, 32, 32)), (8, 1, 1, 1)) for _ in range(5))
 
 
+def test_a_clip_in_noise_is_unreadable():
+    unreadable(motion.render(scene, rng) + 0.6 * rng.standard_normal((8, 3, 32, 32))
+               for rng, scene in scenes(40))
+
+
 def test_heavily_blurred_clips_are_unreadable():
     unreadable(blur(motion.render(scene, rng), sigma=2) for rng, scene in scenes(80))
 

@@ -9,7 +9,8 @@ import torch
 
 from adapter import load
 
-shapes, tones, vqvae = load("worlds.shapes"), load("worlds.tones"), load("vqvae")
+autoencoders, train, vqvae = load("autoencoders"), load("train"), load("vqvae")
+shapes, tones = load("worlds.shapes"), load("worlds.tones")
 
 SMALL = vqvae.VQVAEConfig(widths=(16, 32), blocks=1, latent_channels=4, codes=32)
 BOTTLENECKS = ("vq", "kl")
@@ -280,6 +281,15 @@ def test_encode_gives_the_grid_of_the_config_and_decode_the_signal_back(bottlene
         assert encoded.shape == (2, config.latent_channels, *grid)
         assert encoded.dtype == torch.float32
     assert decoded.shape == signals.shape
+
+
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+@pytest.mark.parametrize("kind, channels, grid", [("image", 3, (8, 8)), ("audio", 1, (8, 8)),
+                                                  ("video", 3, (4, 4))])
+def test_those_that_train_makes_have_64_positions_or_fewer(bottleneck, kind, channels, grid):
+    config = autoencoders.autoencoder_config(kind, train.TrainConfig(picture_size=32),
+                                             bottleneck=bottleneck)
+    assert (config.channels, config.grid) == (channels, grid) and math.prod(grid) <= 64
 
 
 def test_decode_stays_in_the_range_of_a_picture():
