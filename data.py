@@ -14,6 +14,7 @@ modality has, so that a model is compiled once (twice, where some documents are 
 Text ids come first in the vocabulary, then the special tokens, then the codes of each modality.
 """
 
+import bisect
 import functools
 import math
 import re
@@ -234,16 +235,14 @@ def good_length(lengths, fill=0.9, step=32):
     """The shortest row, in steps of 32, that documents of these lengths fill to the share `fill`;
     else the row that they fill best."""
     rng, fills = np.random.default_rng(0), {}
-    sample = rng.choice(lengths, 400).tolist()
+    sample = sorted(rng.choice(lengths, 4000).tolist(), reverse=True)
     first = step * math.ceil(max(lengths) / step)
     for row in range(first, 4 * first + 1, step):
-        free = []
-        for length in sorted(sample, reverse=True):
-            fitting = [room for room in free if room >= length]
-            if fitting:
-                free[free.index(min(fitting))] -= length
-            else:
-                free.append(row - length)
+        free = []           # the room that each row has left, in order
+        for length in sample:
+            place = bisect.bisect_left(free, length)        # the least room that it fits in
+            room = free.pop(place) if place < len(free) else row
+            bisect.insort(free, room - length)
         fills[row] = sum(sample) / (row * len(free))
         if fills[row] >= fill:
             return row
