@@ -12,7 +12,7 @@ from adapter import load
 media, data = load("media"), load("data")
 motion, shapes, tones = load("worlds.motion"), load("worlds.shapes"), load("worlds.tones")
 
-RATES = 4000, 8000, 11025, 16000, 22050, 44100, 48000
+RATES = 4000, 8000, 11025, 16000, 22050, 32000, 44100, 48000
 PCM, ADPCM, FLOAT, MULAW, EXTENSIBLE = 1, 2, 3, 7, 0xFFFE           # formats of .wav files
 INSIDE = slice(400, -400)       # away from the ends, where a low-pass filter rings
 LAST_BIT = 2.0 ** -15
