@@ -41,8 +41,7 @@ def autoencoder_config(kind, config, **options):
     if kind == "audio":
         shape = {"channels": 1, "size": (BINS, tones.LENGTH // HOP), "strides": ((4, 2), (4, 2))}
     if kind == "video":     # a frame in 4 x 4, not 8 x 8: it shows one thing, and a clip has eight
-        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 64, 128), "latent_channels": 8,
-                  "codes": 1024}
+        shape |= {"strides": ((2, 2),) * 3, "widths": (32, 64, 128), "latent_channels": 8}
     return VQVAEConfig(**{**shape, **options})
 
 

@@ -249,7 +249,7 @@ def good_length(lengths, fill=0.9, step=32):
     return max(fills, key=fills.get)
 
 
-LONG = 256          # positions; the cost of attention grows with the square of a row's length, so
+LONG = 160          # positions; the cost of attention grows with the square of a row's length, so
                     # longer documents have rows of their own
 LONGEST = 4096      # positions that a row has at most, unless --context says otherwise
 

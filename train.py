@@ -98,14 +98,15 @@ PRESETS = {"vqvae-kl": {"steps": 1200, "batch_size": 32, "lr": 3e-3, "optimizer"
            "chameleon tones": {"steps": 3000, "batch_size": 24, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon motion": {"steps": 3000, "batch_size": 8, "lr": 4e-3, "weight_decay": 0.3},
            "chameleon stories": {"steps": 3000, "batch_size": 30, "lr": 4e-3, "weight_decay": 0.3},
-           "chameleon all": {"steps": 7300, "batch_size": 10, "lr": 4e-3, "weight_decay": 0.1,
-                             "optimizer": "muon", "caption_dropout": 0.0},
+           "chameleon all": {"steps": 7300, "batch_size": 14, "lr": 4e-3, "weight_decay": 0.1,
+                             "optimizer": "muon", "read_share": 0.5, "caption_dropout": 0.0},
            "small": {"lr": 2e-3},
            "base": {"lr": 4e-4, "batch_size": 64, "steps": 20_000, "weight_decay": 0.1}}
 SIZES = {"tiny": {}, "small": {"width": 256, "depth": 8, "heads": 8, "hidden": 704},
          "base": {"width": 768, "depth": 14, "heads": 12, "hidden": 2048}}
 # the same, of a model's own options
-MODEL_PRESETS = {"chameleon all": {"reading_weight": 25.0, "text_only_weight": 4.0}}
+MODEL_PRESETS = {"chameleon all": {"reading_weight": 25.0, "text_only_weight": 4.0,
+                                   "code_noise": 0.95}}
 
 # training options that may differ when a run goes on; what else is given must be as it was
 MAY_CHANGE = ("steps", "lr", "accumulate", "save_every", "cases", "device", "out", "fsdp", "resume",
