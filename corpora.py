@@ -127,11 +127,11 @@ def toy_corpus(name, rng, examples=0, size=32):
     """
     table, count = Table(rng, size), examples or EXAMPLES[name]
     if name in ("shapes", "all"):
-        shapes_documents(table, count if name == "shapes" else count * 3 // 10)
+        shapes_documents(table, count if name == "shapes" else count * 38 // 100)
     if name in ("tones", "all"):
         pair_documents(table, "audio", count if name == "tones" else count * 3 // 40)
     if name in ("motion", "all"):
-        pair_documents(table, "video", count if name == "motion" else count * 9 // 25)
+        pair_documents(table, "video", count if name == "motion" else count * 3 // 10)
     if name in ("stories", "all"):
         stories_documents(table, count if name == "stories" else count // 8)
     if name == "all":

@@ -532,7 +532,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, shown", [
     (["chameleon"], {"steps": "2700", "weight-decay": "0.4", "heads": "8"}),
-    (["chameleon", "--data", "all"], {"steps": "7300", "optimizer": "muon",
+    (["chameleon", "--data", "all"], {"steps": "6900", "optimizer": "muon",
                                       "reading-weight": "25.0", "text-only-weight": "4.0",
                                       "code-noise": "0.95"}),
     (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
@@ -549,7 +549,7 @@ def test_help_shows_the_defaults_of_the_data_and_size_that_are_named(argv, shown
 
 def test_presets_fill_in_what_was_not_given_and_nothing_else():
     presets = "chameleon", "chameleon all", "base"
-    for given, expected in (([], (7300, 4e-3, 0.1)), (["--weight-decay", "0"], (7300, 4e-3, 0)),
+    for given, expected in (([], (6900, 4e-3, 0.1)), (["--weight-decay", "0"], (6900, 4e-3, 0)),
                             (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1))):
         config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
         assert (config.steps, config.lr, config.weight_decay) == expected
