@@ -190,7 +190,7 @@ def refused(capsys, main, *argv, place="."):
     (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
     (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
     (["mot", "--data", "gone"], "gone"), (["mot", "--data", "loop"], "loop"),
-    (["mot", "--seed", "-1"], "--seed"),
+    (["mot", "--seed", "-1"], "--seed"), (["mot", "--hold", "1"], "--hold"),
     (["mot", "--seed", "12345"], "scores are measured"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
     (["vqvae", "--channels", "1"], "--channels"), (["mot", "--seed", str(2 ** 63)], "--seed"),
@@ -553,6 +553,9 @@ def test_presets_fill_in_what_was_not_given_and_nothing_else():
                             (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1))):
         config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
         assert (config.steps, config.lr, config.weight_decay) == expected
+    for given, expected in (([], 0.5), (["--hold", "0"], 0.0)):
+        config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
+        assert config.hold == expected
     config = train.with_presets(train.TrainConfig(), *presets)      # that of the size goes first
     assert (config.steps, config.lr, config.weight_decay) == (20_000, 4e-4, 0.1)
 
