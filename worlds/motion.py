@@ -133,7 +133,8 @@ def render(scene, rng=None):
 
 # --- words ---------------------------------------------------------------------------------------
 
-# How a scene is said, and how what it does is said. `parse` is made from these.
+# How a scene is said, and how what it does is said. `parse` is made from these. "ends blue" and
+# "ends small" begin alike: what a clip ends with must be seen before it is named (docs/all.md).
 PHRASINGS = (
     "a {size} {colour} {shape} on {background} {does}.",
     "on {background}, a {size} {colour} {shape} {does}.",
@@ -144,8 +145,8 @@ DOES = {
     "moves slowly": ("moves {value} slowly", "slowly moves {value}"),
     "moves fast": ("moves {value} fast", "goes {value} fast"),
     "bounces": ("bounces off the {value} edge", "goes to the {value} edge and back"),
-    "turns": ("turns {value}", "turns {value} half way"),
-    "becomes": ("becomes {value}", "becomes {value} half way"),
+    "turns": ("turns {value}", "ends {value}"),
+    "becomes": ("becomes {value}", "ends {value}"),
     "stays": ("stays at the {value}", "stands still at the {value}"),
 }
 
