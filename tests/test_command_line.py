@@ -569,7 +569,7 @@ def test_presets_of_a_model_hold_for_its_data_unless_given():
         model, batches, *_ = train.prepare("chameleon", "chameleon", config, given, corpus, None,
                                            name, torch.device("cpu"), trained=False)
         assert model.config.reading_weight == expected
-        assert (batches.read, batches.drop) == (0.5, 0.25)
+        assert [(stream.read, stream.drop) for stream in batches.streams] == [(0.5, 0.25)] * 2
 
 
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
