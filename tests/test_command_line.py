@@ -549,13 +549,11 @@ def test_help_shows_the_defaults_of_the_data_and_size_that_are_named(argv, shown
 
 def test_presets_fill_in_what_was_not_given_and_nothing_else():
     presets = "chameleon", "chameleon all", "base"
-    for given, expected in (([], (6900, 4e-3, 0.1)), (["--weight-decay", "0"], (6900, 4e-3, 0)),
-                            (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1))):
+    for given, expected in (([], (6900, 4e-3, 0.1, 0.5)),
+                            (["--weight-decay", "0", "--hold", "0"], (6900, 4e-3, 0, 0)),
+                            (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1, 0.5))):
         config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
-        assert (config.steps, config.lr, config.weight_decay) == expected
-    for given, expected in (([], 0.5), (["--hold", "0"], 0.0)):
-        config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
-        assert config.hold == expected
+        assert (config.steps, config.lr, config.weight_decay, config.hold) == expected
     config = train.with_presets(train.TrainConfig(), *presets)      # that of the size goes first
     assert (config.steps, config.lr, config.weight_decay) == (20_000, 4e-4, 0.1)
 
