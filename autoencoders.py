@@ -74,8 +74,7 @@ def train_autoencoder(kind, corpus, held_out, model_config, config, device, data
         say(f"autoencoder: {folder} (trained before)")
         with trusted(path):
             return load_autoencoder(kept["autoencoder"]).to(device), folder
-    begun = time.time()
-    config = dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50, hold=0.0)
+    begun, config = time.time(), dataclasses.replace(config, ema=0.0, weight_decay=0.01, warmup=50)
     torch.manual_seed(config.seed)
     batches = Signals(stored, parts_of(config), config.seed, as_picture)
     trainer = Trainer(VQVAE(model_config), batches, config, device, folder, compiled=False)

@@ -112,10 +112,9 @@ class Trainer:
         return rank() == 0 or self.sharded
 
     def learning_rate(self):
-        """Linear warm-up, a stay at the peak, then half a cosine down to a hundredth of it."""
+        """Linear warm-up, then half a cosine down to a hundredth of the peak."""
         warmup = max(1, min(self.config.warmup, self.config.steps // 5))
-        begin = max(warmup, (self.config.hold or 0) * self.config.steps)
-        done = max(0, self.step - begin) / max(1, self.config.steps - begin)
+        done = max(0, self.step - warmup) / max(1, self.config.steps - warmup)
         fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         return self.config.lr * min(1.0, (self.step + 1) / warmup) * fall
 

@@ -190,8 +190,7 @@ def refused(capsys, main, *argv, place="."):
     (["vqvae", "--bottleneck", "vae"], "vae"), (["mot", "--picture-size", "33"], "33"),
     (["chameleon", "--patch", "2"], "--patch"), (["mot", "--heads", "3"], "heads"),
     (["mot", "--data", "gone"], "gone"), (["mot", "--data", "loop"], "loop"),
-    (["mot", "--seed", "-1"], "--seed"), (["mot", "--hold", "1"], "--hold"),
-    (["mot", "--seed", "12345"], "scores are measured"),
+    (["mot", "--seed", "-1"], "--seed"), (["mot", "--seed", "12345"], "scores are measured"),
     (["mot", "--lr", "-1"], "--lr"), (["mot", "--patch", "3"], "--patch"),
     (["vqvae", "--channels", "1"], "--channels"), (["mot", "--seed", str(2 ** 63)], "--seed"),
     (["mot", "--accumulate", "3"], "--accumulate"),
@@ -532,7 +531,7 @@ def test_a_run_with_other_towers_is_not_resumed(mixed, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, shown", [
     (["chameleon"], {"steps": "2700", "weight-decay": "0.4", "heads": "8"}),
-    (["chameleon", "--data", "all"], {"steps": "6900", "optimizer": "muon",
+    (["chameleon", "--data", "all"], {"steps": "7300", "optimizer": "muon",
                                       "reading-weight": "25.0", "text-only-weight": "4.0",
                                       "code-noise": "0.95"}),
     (["mot", "--size=base"], {"steps": "20000", "lr": "0.0004", "heads": "12", "depth": "14"}),
@@ -549,11 +548,10 @@ def test_help_shows_the_defaults_of_the_data_and_size_that_are_named(argv, shown
 
 def test_presets_fill_in_what_was_not_given_and_nothing_else():
     presets = "chameleon", "chameleon all", "base"
-    for given, expected in (([], (6900, 4e-3, 0.1, 0.5)),
-                            (["--weight-decay", "0", "--hold", "0"], (6900, 4e-3, 0, 0)),
-                            (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1, 0.5))):
+    for given, expected in (([], (7300, 4e-3, 0.1)), (["--weight-decay", "0"], (7300, 4e-3, 0)),
+                            (["--steps", "7", "--lr", "0.2"], (7, 0.2, 0.1))):
         config = train.with_presets(train.arguments(["chameleon", *given])[0], *presets[:2])
-        assert (config.steps, config.lr, config.weight_decay, config.hold) == expected
+        assert (config.steps, config.lr, config.weight_decay) == expected
     config = train.with_presets(train.TrainConfig(), *presets)      # that of the size goes first
     assert (config.steps, config.lr, config.weight_decay) == (20_000, 4e-4, 0.1)
 

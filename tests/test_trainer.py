@@ -64,17 +64,13 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_hundredth(tmp_path):
-    run, found = small_trainer("transfusion", tmp_path, seed=0), []
-    for hold in (None, 0.5):
-        run.config = train.TrainConfig(steps=100, lr=2.0, warmup=10, hold=hold)
-        found.append([run.learning_rate() for run.step in range(101)])
-    rates, held = found
+    rates, run = [], small_trainer("transfusion", tmp_path, seed=0)
+    run.config = train.TrainConfig(steps=100, lr=2.0, warmup=10)
+    for run.step in range(101):
+        rates.append(run.learning_rate())
     assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
     assert rates[10] == 2.0 and rates[100] == pytest.approx(0.02)
     assert rates[55] == pytest.approx(2 * 0.505) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert held[:10] == rates[:10] and held[10:51] == [2.0] * 41
-    assert held[75] == pytest.approx(2 * 0.505) and held[100] == pytest.approx(0.02)
-    assert held[50:] == sorted(held[50:], reverse=True)
 
 
 def check_compiled():
