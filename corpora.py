@@ -156,7 +156,7 @@ def folder_corpus(folder, size=32, held_out=0.1):
                          + ", ".join(EXAMPLES))
     metadata = folder / "metadata.jsonl"
     if not os.path.isfile(metadata):
-        raise InputError(f'--data: "{folder}" has no metadata.jsonl; write one line per picture: '
+        raise InputError(f'--data: "{folder}" has no metadata.jsonl; write one line per file: '
                          '{"file_name": "0001.png", "text": "its caption"}')
     try:
         lines = metadata.read_text(encoding="utf-8-sig").split("\n")

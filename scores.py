@@ -15,8 +15,9 @@ of their spectra); `sound_of_video_exact`: a clip is followed by the sound that 
 of stories:
 
     text_loss                 nats per token of fresh stories, <eos> included
-    text_entropy              the least that any model can reach, known from the grammar
-    text_excess               their difference
+    text_entropy              the least that any model can reach: the grammar's entropy, and what it
+                              takes to know that a document is a story, where there are others
+    text_excess               how far the loss is above that least for these very stories
     story_exact               the first words of a story become a story whose answer is right
 
 Your own files have no grader: `score_folder` measures captions and reconstructions against them.

@@ -88,8 +88,10 @@ def draw_signal(axis, name, signal, title=""):
         axis.imshow(to_bytes(signal).transpose(1, 2, 0), interpolation="nearest")
     elif name == "video":
         frames, gap = to_bytes(signal).transpose(0, 2, 3, 1), 2             # (frames, H, W, 3)
-        strip = np.pad(frames, ((0, 0), (gap, gap), (gap, 0), (0, 0)), constant_values=120)
-        axis.imshow(np.concatenate(strip, axis=1), interpolation="nearest")
+        strip = np.concatenate(np.pad(frames, ((0, 0), (gap, gap), (gap, 0), (0, 0)),
+                                      constant_values=120), axis=1)
+        strip = np.pad(strip, ((0, 0), (0, gap), (0, 0)), constant_values=120)
+        axis.imshow(strip, interpolation="nearest")
         axis.axis("off")
     else:
         axis.axis("off")

@@ -1,5 +1,6 @@
 """train.py and sample.py: what they refuse, in one sentence; what they write; that runs repeat."""
 
+import copy
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -568,6 +570,18 @@ def test_presets_of_a_model_hold_for_its_data_unless_given():
         assert [(stream.read, stream.drop) for stream in batches.streams] == [(0.5, 0.25)] * 2
 
 
+def test_the_share_of_stories_is_that_of_all_batches_and_none_of_them_is_spent():
+    corpus = corpora.toy_corpus("all", np.random.default_rng(0), 600)
+    config = train.TrainConfig(batch_size=14, picture_size=32, read_share=0.5, caption_dropout=0.0)
+    _, batches, _, about = train.prepare("chameleon", "chameleon", config, {}, corpus, None, "all",
+                                         torch.device("cpu"), trained=False)
+    state = copy.deepcopy(batches.state)
+    share = train.share_of_stories(batches, data.Tokenizer(about["merges"]))
+    alone = sum(len(document) == 1 and document[0][0] == "text" for document in corpus.documents)
+    assert share == pytest.approx(alone / len(corpus.documents), abs=0.015) and share > 0.1
+    assert batches.state == state
+
+
 def test_a_refusal_is_an_exit_code_and_one_line_for_the_shell():
     done = subprocess.run([*PROGRAM, "train.py", "mott"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
@@ -881,6 +895,41 @@ def test_a_sound_is_shown_by_its_waveform_and_spectrum_and_a_clip_frame_by_frame
                   if np.array_equal(strip[2:34, left:left + 32], frame.transpose(1, 2, 0)))
               for frame in data.to_bytes(clip)]
     assert places == sorted(set(places)) and min(np.diff(places)) > 32
+
+
+def test_a_sheet_tells_right_from_wrong_in_green_and_red(tmp_path, monkeypatch):
+    said, finds = [], "Max finds four small cyan squares, and Eva finds one small blue square."
+    stories = [f"Max and Eva look for things. {finds} now {who} has more things."
+               for who in ("Max", "Eva")] + ["Max has.", "Max has two."]
+    monkeypatch.setattr(show, "_say", lambda axis, text, letters, colour="black":
+                        said.append((text, colour)))
+
+    def draw(texts, name):              # two are right, one is another's, one is blank
+        world, rng = corpora.WORLDS[name], np.random.default_rng(0)
+        scenes = [*map(world.parse, texts[:2]), world.sample(rng), world.sample(rng)]
+        signals = [torch.from_numpy(world.render(scene, rng)) for scene in scenes]
+        return [*signals[:3], torch.zeros_like(signals[3])]
+
+    def caption(true, name):            # the last is not one
+        world = corpora.WORLDS[name]
+        return [world.describe(world.grade(signal.numpy())) for signal in true[:3]] + ["a thing."]
+
+    kinds = ("image", "audio", "video")
+    knows = SimpleNamespace(codecs=dict.fromkeys(kinds), picture_size=32, draw=draw,
+                            caption=caption, complete=lambda documents, spans:
+                            [[("text", story)] for story in stories])
+    show.sheet(knows, tmp_path / "sheet.png", "title", told=True)
+    assert (tmp_path / "sheet.png").is_file() and len(said) == 4 * 4 * 3
+    for kind in range(len(kinds)):
+        rows = [said[i:i + 3] for i in range(12 * kind, 12 * kind + 12, 3)]
+        assert [colour for row in rows for _, colour in row] == [
+            "black", "green", "green", "black", "green", "green",
+            "black", "firebrick", "green", "black", "firebrick", "firebrick"]
+        assert [row[1][0].partition(":")[0] for row in rows] == [
+            "right", "right", "wrong", "unreadable"]
+        assert [row[0][0].startswith("[unseen pair] ") for row in rows] == [False] * 3 + [True]
+    assert said[38::3] == [("right", "green"), ("its answer is wrong", "firebrick"),
+                           *[("not a story", "firebrick")] * 2]
 
 
 def test_there_are_no_curves_before_the_first_row(tmp_path):

@@ -57,6 +57,12 @@ def test_files_that_are_installed_or_tested_exist():
                 assert (ROOT / word).is_file(), command
 
 
+def test_an_installation_has_every_file_of_the_top_level():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    modules = re.findall(r'"(\w+)"', re.search(r"py-modules = \[(.*?)\]", project, re.S)[1])
+    assert sorted(modules) == sorted(file.stem for file in ROOT.glob("*.py"))
+
+
 @pytest.mark.parametrize("row", READING)
 def test_a_row_of_the_reading_path_names_files_and_what_is_in_them(row):
     quoted = re.findall(r"`([^`]+)`", row)
