@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -159,7 +160,14 @@ def run(main):
     """Call a command line's main; what the user got wrong is one sentence and exit code 2."""
     def terminated(*_):
         raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, terminated)
+
+    def dropped(what):      # Python drops what is raised while it tidies up: a moment later, again
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            return hook(what)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    before, hook = signal.signal(signal.SIGTERM, terminated), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         main()
     except InputError as error:
@@ -174,6 +182,7 @@ def run(main):
               file=sys.stderr)
         sys.exit(130)
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 
