@@ -1,16 +1,19 @@
 """scores.py: systems whose answers are known get the scores that they earn."""
 
+import importlib.util
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
 import small
-from adapter import load
+from adapter import ROOT, load
 
 corpora, data, scores = load("corpora"), load("data"), load("scores")
 shapes, stories, tones = load("worlds.shapes"), load("worlds.stories"), load("worlds.tones")
+motion = load("worlds.motion")
 
 
 class Known:
@@ -159,3 +162,18 @@ def test_psnr_by_hand():
     b = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
     assert scores.psnr(a, b) == pytest.approx((20 + 40) / 2, abs=1e-4)      # of a range of 2
     assert math.isfinite(scores.psnr(a, a))
+
+
+@pytest.mark.parametrize("errs", [False, True])
+def test_what_is_misread_is_counted_by_what_happens_in_a_clip(errs, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("misread", ROOT / "docs" / "misread.py")
+    misread = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(misread)
+    monkeypatch.setattr(misread, "CASES", 24)
+    monkeypatch.setattr(misread, "load_system", lambda path: Known(errs, ("video",)))
+    monkeypatch.setattr("sys.argv", ["misread.py", "runs/mot-all"])
+    misread.main()
+    rows = re.findall(r"(.+?) +(\d+) of (\d+)  .+", capsys.readouterr().out)
+    assert [action for action, _, _ in rows] == list(motion.ACTIONS)
+    assert sum(int(count) for _, _, count in rows) == 24
+    assert sum(int(wrong) for _, wrong, _ in rows) == 8 * errs
